@@ -1,0 +1,471 @@
+"""Network deconvolution for Flax Linen: used as `nn.Conv`, `nn.Dense` and `nn.BatchNorm` are.
+
+Every module here declares variables, calls the pure forward in `netdeconv_jax.whitening`, stores the running
+statistics (not while initializing) and returns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from netdeconv_jax import ops
+from netdeconv_jax.whitening.channel import ChannelRunning, channel_deconv
+from netdeconv_jax.whitening.conv import (
+    Reduction,
+    conv_groups,
+    deconv_conv,
+    deconv_dense,
+    dense_groups,
+)
+from netdeconv_jax.whitening.running import Running
+from netdeconv_jax.whitening.spec import Contiguous, Freeze, WhiteningSpec
+
+_default_kernel_init = nn.initializers.lecun_normal()
+
+
+class DeconvConv(nn.Module):
+    """A convolution of whitened patches: `y = (X - mu) D w + b`, in place of `nn.Conv` and `nn.BatchNorm`.
+
+    Reads as `nn.Conv` reads, NHWC and HWIO, in one, two or three dimensions, and takes its statistics as
+    `nn.BatchNorm` does. The default momentum is 0.9, not Flax's 0.99.
+
+    Variables: `params` holds `kernel` [*kernel_size, in / feature_group_count, features] and `bias`
+    [features]; `batch_stats` holds `mean` and `whitener` in `promote_types(float32, param_dtype)` whatever
+    the compute `dtype` (their column order is private), and `step` with a `freeze_schedule`. Before any
+    statistics exist they are 0 and the identity, so that evaluation is a plain convolution.
+
+    Attributes:
+      features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count,
+        use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
+        conv_general_dilated: as `nn.Conv`. `precision` is the convolution's; statistics run at HIGHEST.
+      use_running_average: use running statistics (evaluation) or the batch's (training); here or in the
+        call, not both.
+      axis_name, axis_index_groups: pool statistics over the devices of a `pmap` or `shard_map` axis. Under
+        `jit` with a sharded batch they are global by themselves.
+      spec: a `WhiteningSpec`, default `WhiteningSpec()`. The following override it, None leaves it:
+      block_size: channels whitened together (64), made to divide: `effective_block`.
+      eps, epsilon: added to the diagonal of the covariance (1e-5); two names for one thing.
+      num_iters: Newton-Schulz steps (5).
+      momentum: share of the old running average (0.9).
+      sampling_stride: statistics see every so many-th patch along each axis (3).
+      whiten: `"patches"` (pixels and channels) or `"channels"`.
+      grouping: `"interleaved"` or `"contiguous"`.
+      shared_whitener: one mean and whitener for all groups (True).
+      method: `"newton_schulz"` or `"eigh"`.
+      freeze_schedule: `Freeze(active_steps, period)` or a pair of ints.
+
+    Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from netdeconv_jax import DeconvConv
+      >>> layer, x = DeconvConv(8, (3, 3)), jnp.ones((2, 16, 16, 3))
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+      >>> y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> y.shape, updates["batch_stats"]["whitener"].shape
+      ((2, 16, 16, 8), (27, 27))
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: None | int | Sequence[int] = 1
+    _: dataclasses.KW_ONLY
+    padding: ops.Padding = "SAME"
+    input_dilation: None | int | Sequence[int] = 1
+    kernel_dilation: None | int | Sequence[int] = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = _default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    promote_dtype: Callable[..., Any] = promote_dtype
+    conv_general_dilated: Callable[..., jax.Array] | None = None
+    use_running_average: bool | None = None
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    spec: WhiteningSpec | None = None
+    block_size: int | None = None
+    eps: float | None = None
+    epsilon: float | None = None
+    num_iters: int | None = None
+    momentum: float | None = None
+    sampling_stride: int | None = None
+    whiten: str | None = None
+    grouping: str | None = None
+    shared_whitener: bool | None = None
+    method: str | None = None
+    freeze_schedule: Freeze | tuple[int, int] | None = None
+
+    def __post_init__(self):
+        self.resolved_spec()
+        super().__post_init__()
+
+    def resolved_spec(self) -> WhiteningSpec:
+        """Return `spec` with the keywords that were given laid over it."""
+        return _resolve(self, WhiteningSpec())
+
+    def effective_block(self, channels: int) -> int:
+        """Return the channels whitened together, of `channels` input channels."""
+        if self.feature_group_count > 1:
+            return channels // self.feature_group_count
+        return ops.effective_block(channels, self.resolved_spec().grouping.block_size)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Whiten and convolve.
+
+        Args:
+          x: [*batch, *spatial, channels]; several batch axes are merged, none is added, as in `nn.Conv`.
+          use_running_average: see the attribute.
+          mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1]; statistics ignore
+            what weighs 0.
+        Returns:
+          [*batch, *out, features].
+        Raises:
+          ValueError: wrong rank, no channels, channels that do not fit the kernel or the feature groups,
+            an input smaller than the kernel, or `use_running_average` given twice or never.
+          TypeError: `x` is not floating point.
+        """
+        use_running_average = _merge_use_running_average(self, use_running_average)
+        spec = self.resolved_spec()
+        geometry = ops.window(
+            self.kernel_size, self.strides, self.padding, self.input_dilation, self.kernel_dilation
+        )
+        _check_input(x, min_ndim=geometry.ndim + 1)
+        batch_shape = x.shape[: -geometry.ndim - 1]
+        flat = x.reshape(-1, *x.shape[-geometry.ndim - 1 :]) if len(batch_shape) != 1 else x
+        if mask is not None and len(batch_shape) != 1:
+            mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(*flat.shape[:-1], 1)
+
+        groups = conv_groups(spec, x.shape[-1], geometry.taps, self.feature_group_count)
+        shape = (*geometry.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
+        kernel, bias = _declare_params(self, shape)
+        running, store = _declare_running(self, groups, counted=spec.freeze is not None)
+        (promoted,) = self.promote_dtype(flat, kernel, bias, dtype=self.dtype)[:1]
+
+        y, running = deconv_conv(
+            flat,
+            kernel,
+            bias,
+            running,
+            geometry=geometry,
+            spec=spec,
+            feature_group_count=self.feature_group_count,
+            use_running_average=use_running_average,
+            mask=mask,
+            reduction=_reduction(self),
+            dtype=promoted.dtype,
+            precision=self.precision,
+            conv_general_dilated=self.conv_general_dilated,
+        )
+        if not use_running_average:
+            store(running)
+        return y if len(batch_shape) == 1 else y.reshape(*batch_shape, *y.shape[1:])
+
+
+class DeconvDense(nn.Module):
+    """A dense layer of whitened inputs: `y = (x - mu) D w + b`, in place of `nn.Dense` and `nn.BatchNorm`.
+
+    Acts on the last axis of any [..., in_features]; every leading axis holds samples. Groups are contiguous
+    blocks of features. Mind that `gcd(512, 784) = 16`: whoever wants all of a 784-vector whitened together
+    sets `block_size` to 784 or more.
+
+    Variables are those of `DeconvConv`, with `kernel` [in_features, features].
+
+    Attributes:
+      features, use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
+        dot_general: as `nn.Dense`.
+      use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; without `spec`
+        the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen.
+
+    Source: Delinear of the original code.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from netdeconv_jax import DeconvDense
+      >>> layer, x = DeconvDense(10, use_running_average=False), jnp.ones((32, 20))
+      >>> y, updates = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+      >>> y.shape, updates["batch_stats"]["mean"].shape
+      ((32, 10), (20,))
+    """
+
+    features: int
+    _: dataclasses.KW_ONLY
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = _default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    promote_dtype: Callable[..., Any] = promote_dtype
+    dot_general: Callable[..., jax.Array] | None = None
+    use_running_average: bool | None = None
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    spec: WhiteningSpec | None = None
+    block_size: int | None = None
+    eps: float | None = None
+    epsilon: float | None = None
+    num_iters: int | None = None
+    momentum: float | None = None
+    shared_whitener: bool | None = None
+    method: str | None = None
+    freeze_schedule: Freeze | tuple[int, int] | None = None
+
+    def __post_init__(self):
+        self.resolved_spec()
+        super().__post_init__()
+
+    def resolved_spec(self) -> WhiteningSpec:
+        """Return `spec` with the keywords that were given laid over it."""
+        return _resolve(self, WhiteningSpec(grouping=Contiguous(512)))
+
+    def effective_block(self, features: int) -> int:
+        """Return the features whitened together, of `features` input features."""
+        return ops.effective_block(features, self.resolved_spec().grouping.block_size)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Whiten and multiply.
+
+        Args:
+          x: [..., in_features].
+          use_running_average: see the attribute.
+          mask: weights >= 0 of the samples, broadcastable to [..., 1].
+        Returns:
+          [..., features].
+        Raises:
+          ValueError: no features, features that do not fit the kernel, or `use_running_average` given
+            twice or never.
+          TypeError: `x` is not floating point.
+        """
+        use_running_average = _merge_use_running_average(self, use_running_average)
+        spec = self.resolved_spec()
+        _check_input(x, min_ndim=1)
+        kernel, bias = _declare_params(self, (x.shape[-1], self.features))
+        running, store = _declare_running(
+            self, dense_groups(spec, x.shape[-1]), counted=spec.freeze is not None
+        )
+        (promoted,) = self.promote_dtype(x, kernel, bias, dtype=self.dtype)[:1]
+        y, running = deconv_dense(
+            x,
+            kernel,
+            bias,
+            running,
+            spec=spec,
+            use_running_average=use_running_average,
+            mask=mask,
+            reduction=_reduction(self),
+            dtype=promoted.dtype,
+            precision=self.precision,
+            dot_general=self.dot_general,
+        )
+        if not use_running_average:
+            store(running)
+        return y
+
+
+class ChannelDeconv(nn.Module):
+    """A normalization layer that whitens channels in place, where `nn.BatchNorm` would stand.
+
+    Channels are divided into groups of `block_size` that share one whitener; what does not fill a group is
+    standardized with one mean and one variance. It has no scale and no bias. Running statistics (`mean`,
+    `whitener`, `rest_mean`, `rest_var`, `step`) start at the first batch; before it they are 0, the
+    identity, 0 and 1.
+
+    Attributes:
+      block_size: channels whitened together, all of them if there are fewer.
+      eps, epsilon: added to the diagonal of the covariance and to the variance (1e-2).
+      num_iters: Newton-Schulz steps (5).
+      momentum: share of the old running average (0.9).
+      sampling_stride: statistics see one in `sampling_stride ** spatial axes` values (3); all of them
+        where the feature map is smaller than the stride.
+      method: `"newton_schulz"` or `"eigh"`.
+      dtype: of the result; default that of `x` and `param_dtype` promoted.
+      param_dtype: statistics are kept in `promote_types(float32, param_dtype)`.
+      use_running_average, axis_name, axis_index_groups: as `DeconvConv`.
+
+    Source: ChannelDeconv of the original code, with its covariance centred.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from netdeconv_jax import ChannelDeconv
+      >>> layer, x = ChannelDeconv(block_size=4, use_running_average=False), jnp.ones((2, 8, 8, 10))
+      >>> y, updates = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+      >>> y.shape, updates["batch_stats"]["whitener"].shape
+      ((2, 8, 8, 10), (4, 4))
+    """
+
+    _: dataclasses.KW_ONLY
+    block_size: int
+    eps: float | None = None
+    epsilon: float | None = None
+    num_iters: int | None = None
+    momentum: float | None = None
+    sampling_stride: int | None = None
+    method: str | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_running_average: bool | None = None
+    axis_name: Any = None
+    axis_index_groups: Any = None
+
+    def __post_init__(self):
+        self.resolved_spec()
+        super().__post_init__()
+
+    def resolved_spec(self) -> WhiteningSpec:
+        """Return the settings as a `WhiteningSpec`, defaults filled in."""
+        return _resolve(self, WhiteningSpec(eps=1e-2))
+
+    def effective_block(self, channels: int) -> int:
+        """Return the channels whitened together, of `channels` input channels."""
+        return min(self.block_size, channels)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Whiten the channels of `x`.
+
+        Args:
+          x: [batch, *spatial, channels].
+          use_running_average: see the attribute.
+          mask: weights >= 0 of the samples, broadcastable to [batch, *spatial, 1].
+        Returns:
+          An array of the shape of `x`.
+        Raises:
+          ValueError: no channels, or `use_running_average` given twice or never.
+          TypeError: `x` is not floating point.
+        """
+        use_running_average = _merge_use_running_average(self, use_running_average)
+        _check_input(x, min_ndim=2)
+        block = self.effective_block(x.shape[-1])
+        start = ChannelRunning.start(block, _stats_dtype(self.param_dtype))
+        mean = self.variable("batch_stats", "mean", lambda: start.whitened.mean)
+        whitener = self.variable("batch_stats", "whitener", lambda: start.whitened.whitener)
+        step = self.variable("batch_stats", "step", lambda: start.whitened.step)
+        rest_mean = self.variable("batch_stats", "rest_mean", lambda: start.rest_mean)
+        rest_var = self.variable("batch_stats", "rest_var", lambda: start.rest_var)
+        y, running = channel_deconv(
+            x,
+            ChannelRunning(
+                Running(mean.value, whitener.value, step.value), rest_mean.value, rest_var.value
+            ),
+            block=block,
+            spec=self.resolved_spec(),
+            use_running_average=use_running_average,
+            mask=mask,
+            reduction=_reduction(self),
+            dtype=self.dtype or jnp.promote_types(x.dtype, self.param_dtype),
+        )
+        if not use_running_average and not self.is_initializing():
+            mean.value, whitener.value = running.whitened.mean, running.whitened.whitener
+            step.value = running.whitened.step
+            rest_mean.value, rest_var.value = running.rest_mean, running.rest_var
+        return y
+
+
+# What the three modules declare and check alike. Each takes a module only to declare variables on it.
+
+
+def _resolve(module: Any, default: WhiteningSpec) -> WhiteningSpec:
+    names = (
+        "block_size eps num_iters momentum sampling_stride whiten grouping shared_whitener "
+        "method freeze_schedule"
+    ).split()
+    given = {name: value for name in names if (value := getattr(module, name, None)) is not None}
+    if module.epsilon is not None:
+        if "eps" in given:
+            raise ValueError(
+                f"`epsilon` is another name for `eps`, give one: got {module.epsilon} and {module.eps}."
+            )
+        given["eps"] = module.epsilon
+    return (getattr(module, "spec", None) or default).replace(**given)
+
+
+def _merge_use_running_average(module: Any, argument: bool | None) -> bool:
+    given = module.use_running_average
+    if (given is None) == (argument is None):
+        often = "neither" if given is None else "both"
+        raise ValueError(
+            f"`use_running_average` must be given to the constructor or in the call, {often} of them is: "
+            f"got {given} and {argument}."
+        )
+    return argument if given is None else given
+
+
+def _check_input(x: jax.Array, *, min_ndim: int) -> None:
+    if x.ndim < min_ndim:
+        raise ValueError(
+            f"`x` must have at least {min_ndim} axes, channels last, got shape {x.shape}."
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"`x` has no channels: shape {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")
+
+
+def _stats_dtype(param_dtype: Any) -> Any:
+    return jnp.promote_types(jnp.float32, param_dtype)
+
+
+def _reduction(module: Any) -> Reduction:
+    if module.is_initializing():
+        return Reduction()
+    return Reduction(module.axis_name, module.axis_index_groups)
+
+
+def _declare_params(module: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+    if module.has_variable("params", "kernel"):
+        have = jnp.shape(nn.unbox(module.get_variable("params", "kernel")))
+        if have[:-1] != shape[:-1]:
+            raise ValueError(
+                f"`x` needs a kernel of shape {shape} but this layer was initialized with {have}: "
+                f"{shape[-2]} input channels a feature group against {have[-2]}."
+            )
+    kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
+    if not module.use_bias:
+        return kernel, None
+    return kernel, module.param("bias", module.bias_init, shape[-1:], module.param_dtype)
+
+
+def _declare_running(module: Any, groups: ops.ColumnGroups, *, counted: bool):
+    start = Running.start(
+        (*groups.stat_shape, groups.width), _stats_dtype(module.param_dtype), counted=counted
+    )
+    mean = module.variable("batch_stats", "mean", lambda: start.mean)
+    whitener = module.variable("batch_stats", "whitener", lambda: start.whitener)
+    step = module.variable("batch_stats", "step", lambda: start.step) if counted else None
+
+    def store(running: Running) -> None:
+        if module.is_initializing():
+            return
+        mean.value, whitener.value = running.mean, running.whitener
+        if step is not None:
+            step.value = running.step
+
+    return Running(mean.value, whitener.value, step.value if step is not None else None), store

@@ -1,0 +1,27 @@
+"""Pure functions of network deconvolution: arrays in, arrays out, on jax and numpy alone."""
+
+from netdeconv_jax.ops.fold import fold
+from netdeconv_jax.ops.grouping import ColumnGroups, column_groups, effective_block
+from netdeconv_jax.ops.moments import Moments, moments
+from netdeconv_jax.ops.patch_moments import patch_moments
+from netdeconv_jax.ops.patches import Padding, Window, extract_patches, window
+from netdeconv_jax.ops.roots import eigh, inverse_sqrt, newton_schulz
+from netdeconv_jax.ops.sampling import every_nth
+
+__all__ = [
+    "ColumnGroups",
+    "Moments",
+    "Padding",
+    "Window",
+    "column_groups",
+    "effective_block",
+    "eigh",
+    "every_nth",
+    "extract_patches",
+    "fold",
+    "inverse_sqrt",
+    "moments",
+    "newton_schulz",
+    "patch_moments",
+    "window",
+]

@@ -1,0 +1,79 @@
+"""Whitening folded into the kernel: `(X - mu) D w + b = X (D w) + (b - mu D w)`."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from netdeconv_jax.ops.grouping import ColumnGroups
+
+
+def fold(
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    whitener: jax.Array,
+    groups: ColumnGroups,
+    *,
+    dtype: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the kernel and bias of the plain convolution that equals whitening and convolving.
+
+    The product is formed in the precision of the statistics and rounded once; the bias is formed from the
+    *rounded* kernel, because the rounding would otherwise become a bias that grows with the mean.
+
+    Args:
+      kernel: [*kernel_size, channels / feature_group_count, features].
+      bias: [features], or None for zero.
+      mean: [*groups.stat_shape, width].
+      whitener: [*groups.stat_shape, width, width].
+      groups: of all columns (channel, tap), or of the channels alone, whose one whitener then serves
+        every kernel tap.
+      dtype: of the folded kernel; default that of `kernel`.
+    Returns:
+      A kernel of the same shape in `dtype`, and a bias [features] in the dtype of the statistics.
+    Raises:
+      ValueError: the kernel has other columns than `groups`.
+
+    Source: Ye et al. 2020, section 3.4; the original code multiplies the kernel in the same way.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> groups = ops.column_groups(channels=1, taps=1, block_size=1)
+      >>> k, b = ops.fold(jnp.ones((1, 1, 1)), None, jnp.array([3.0]), jnp.array([[0.5]]), groups)
+      >>> k.item(), b.item()
+      (0.5, -1.5)
+    """
+    dtype = dtype or kernel.dtype
+    *kernel_size, channels, features = kernel.shape
+    taps, columns = math.prod(kernel_size), groups.sets * groups.groups * groups.width
+    if columns not in (channels, channels * taps):
+        raise ValueError(
+            f"`kernel` of shape {kernel.shape} has {channels * taps} columns in a feature group, "
+            f"`groups` has {columns}."
+        )
+    own_taps = taps if columns == channels * taps else 1
+    shared_taps, per_group = taps // own_taps, features // groups.feature_groups
+
+    # [shared taps, features in a feature group, (feature group, channel, own taps)]
+    w = kernel.astype(whitener.dtype).reshape(
+        shared_taps, own_taps, channels, groups.feature_groups, per_group
+    )
+    w = groups.split(w.transpose(0, 4, 3, 2, 1).reshape(shared_taps, per_group, -1))
+
+    lead = (groups.feature_groups, groups.sets)
+    d = whitener.reshape(*lead, groups.width, groups.width)
+    w = jnp.einsum("asij,tfasgj->tfasgi", d, w, precision=lax.Precision.HIGHEST)
+    folded = groups.join(w).reshape(
+        shared_taps, per_group, groups.feature_groups, channels, own_taps
+    )
+    folded = folded.transpose(0, 4, 3, 2, 1).reshape(kernel.shape).astype(dtype)
+
+    mu = mean.reshape(*lead, groups.width)
+    shift = jnp.einsum(
+        "asi,tfasgi->af", mu, w.astype(dtype).astype(w.dtype), precision=lax.Precision.HIGHEST
+    ).reshape(features)
+    return folded, -shift if bias is None else bias.astype(shift.dtype) - shift

@@ -1,0 +1,147 @@
+"""Moments of the patches of a convolution's input: the seam between patches and statistics.
+
+What a layer needs is the moments, never the patch matrix; whoever can get them cheaper replaces this.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from netdeconv_jax.ops.grouping import ColumnGroups
+from netdeconv_jax.ops.moments import AxisName, Moments, moments
+from netdeconv_jax.ops.patches import Window, tap_slices
+from netdeconv_jax.ops.sampling import every_nth
+
+
+def patch_moments(
+    x: jax.Array,
+    geometry: Window,
+    groups: ColumnGroups,
+    *,
+    sampling_stride: int = 1,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Any = None,
+    dtype: Any = None,
+) -> Moments:
+    """Return the moments of the grouped columns of im2col(x), thinned and pooled over devices.
+
+    Patches lie on a grid of stride `sampling_stride * strides`, padding zeros included. Where only
+    channels are whitened (`groups` has no columns per tap, as always with 1x1 kernels), every
+    `prod(sampling_stride * strides)`-th pixel of the flattened, unpadded input is a sample.
+
+    Args:
+      x: [batch, *spatial, channels], floating point.
+      geometry: of the convolution.
+      groups: division of its columns; of `channels * taps` columns or of `channels`.
+      sampling_stride: static int >= 1.
+      mask: weights >= 0, broadcastable to [batch, *spatial, 1]. A patch weighs as much as the least of the
+        pixels that it touches, padding aside.
+      axis_name, axis_index_groups: pool over the devices of a mapped axis, as `lax.psum`. The result is
+        then exactly that of the whole batch on one device.
+      dtype: of the statistics; default `promote_types(float32, x.dtype)`.
+    Returns:
+      `Moments` with leading axes `groups.stat_shape`.
+    Raises:
+      ValueError: the input is smaller than the kernel, or has no samples.
+
+    Source: the original FastDeconv. `mask` and pooling over devices are ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> groups = ops.column_groups(channels=3, taps=9, block_size=64)
+      >>> ops.patch_moments(jnp.ones((2, 8, 8, 3)), ops.window((3, 3)), groups).cov.shape
+      (27, 27)
+    """
+    dtype = dtype or jnp.promote_types(jnp.float32, x.dtype)
+    pointwise = groups.feature_groups * groups.sets * groups.groups * groups.width == x.shape[-1]
+    if mask is not None:
+        mask = full_mask(mask, x).astype(dtype)
+    if pointwise:
+        step = math.prod(s * sampling_stride for s in geometry.strides)
+        columns, weights = _sampled_pixels(x, mask, step, axis_name, axis_index_groups)
+    else:
+        columns, weights = _sampled_patches(x, mask, geometry, sampling_stride)
+    rows = groups.split(columns)  # [batch, *rows, feature groups, sets, groups, width]
+    axes = (*range(columns.ndim - 1), rows.ndim - 2)
+    if weights is not None:
+        weights = weights[..., None, None, None]
+    result = moments(rows, weights, axes=axes, dtype=dtype)
+    if axis_name is not None:
+        result = result.psum(axis_name, axis_index_groups)
+    shape = groups.stat_shape
+    return Moments(
+        result.count.reshape(shape) if result.count.size == math.prod(shape) else result.count,
+        result.mean.reshape(*shape, groups.width),
+        result.cov.reshape(*shape, groups.width, groups.width),
+    )
+
+
+def flat_position(batch: int, axis_name: AxisName | None, axis_index_groups: Any) -> Any:
+    """Return the place in the whole batch of this device's examples, and the size of the whole.
+
+    Both static unless `axis_name` is given, when the first is traced.
+    """
+    index = np.arange(batch)
+    if axis_name is None:
+        return index, batch
+    device = lax.axis_index(axis_name)
+    if axis_index_groups is None:
+        return index + device * batch, batch * lax.axis_size(axis_name)
+    table = np.zeros(sum(len(g) for g in axis_index_groups), np.int32)
+    for members in axis_index_groups:
+        table[np.asarray(members)] = np.arange(len(members))
+    return index + jnp.asarray(table)[device] * batch, batch * len(axis_index_groups[0])
+
+
+def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
+    batch, channels = x.shape[0], x.shape[-1]
+    pixels = math.prod(x.shape[1:-1])
+    index, _ = flat_position(batch, axis_name, axis_index_groups)
+    phase = index * (pixels % step)
+    columns, weights = every_nth(x.reshape(batch, pixels, channels), step, phase[:, None])
+    if weights is not None:
+        weights = weights[..., 0]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(batch, pixels)
+        kept, _ = every_nth(mask, step, phase)
+        weights = kept if weights is None else kept * weights
+    return columns, weights
+
+
+def _sampled_patches(x, mask, geometry, sampling_stride):
+    strides = tuple(s * sampling_stride for s in geometry.strides)
+    padded = geometry.pad(x)
+    taps = tap_slices(padded, geometry, strides)
+    columns = jnp.stack(taps, axis=-1)  # (channel, tap) order, as the original flattens
+    columns = columns.reshape(*columns.shape[:-2], -1)
+    if mask is None:
+        return columns, None
+    if mask.shape[1:-1] == (1,) * geometry.ndim:
+        return columns, jnp.broadcast_to(mask[..., 0], columns.shape[:-1])
+    mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
+    touched = tap_slices(geometry.pad(mask, value=jnp.inf), geometry, strides)
+    least = jnp.min(jnp.stack(touched), axis=0)
+    return columns, jnp.where(jnp.isinf(least), 1, least)[..., 0]  # a window of padding alone counts
+
+
+def full_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Return `mask` with the rank of `x` [batch, *spatial, channels], once it is known to fit its pixels.
+
+    Raises:
+      ValueError: `mask` is not broadcastable to [batch, *spatial, 1].
+    """
+    mask = jnp.asarray(mask)
+    if mask.ndim > x.ndim or any(
+        m not in (1, n)
+        for m, n in zip(mask.shape[::-1], (1, *x.shape[-2::-1]), strict=False)
+    ):
+        raise ValueError(
+            f"`mask` must be broadcastable to {(*x.shape[:-1], 1)}, one weight per pixel, got {mask.shape}."
+        )
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)

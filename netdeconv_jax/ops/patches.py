@@ -1,0 +1,257 @@
+"""im2col: the patches that a convolution sees, as rows.
+
+A `Window` is the geometry of a convolution with everything spelled out; the same one cuts the patches for
+the statistics and runs the convolution, so that both always see the same padding.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Padding = str | int | Sequence[int | tuple[int, int]]
+
+_WRAP_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+_LAX_MODES = ("SAME", "SAME_LOWER", "VALID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Kernel size, strides, padding and dilations of a convolution, one entry per spatial axis.
+
+    Attributes:
+      kernel_size, strides, input_dilation, kernel_dilation: tuples of ints >= 1.
+      padding: one of nn.Conv's names, or a tuple of (low, high) pairs.
+    """
+
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial axes."""
+        return len(self.kernel_size)
+
+    @property
+    def taps(self) -> int:
+        """Number of kernel positions."""
+        return math.prod(self.kernel_size)
+
+    def wrap(self, x: jax.Array) -> jax.Array:
+        """Apply what zero padding cannot express: `"CIRCULAR"` and `"REFLECT"`; else `x` itself."""
+        if self.padding not in _WRAP_MODES:
+            return x
+        pads = [((k - 1) // 2, k // 2) for k in self._dilated_kernel]
+        return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=_WRAP_MODES[str(self.padding)])
+
+    def zero_padding(self, spatial: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Return the (low, high) zeros around a wrapped, input-dilated input of that spatial shape.
+
+        Raises:
+          ValueError: not even one window fits.
+        """
+        dilated = tuple((n - 1) * d + 1 for n, d in zip(spatial, self.input_dilation, strict=True))
+        if isinstance(self.padding, tuple):
+            pads = list(self.padding)
+        elif self.padding in _LAX_MODES:
+            pads = list(lax.padtype_to_pads(dilated, self._dilated_kernel, self.strides, self.padding))
+        elif self.padding == "CAUSAL":
+            pads = [(self._dilated_kernel[0] - 1, 0)]
+        else:
+            pads = [(0, 0)] * self.ndim
+        for n, (low, high), k in zip(dilated, pads, self._dilated_kernel, strict=True):
+            if n + low + high < k:
+                raise ValueError(
+                    f"`x` is smaller than the kernel: spatial shape {spatial} with padding "
+                    f"{self.padding!r} does not hold one window of `kernel_size` {self.kernel_size} "
+                    f"and `kernel_dilation` {self.kernel_dilation}."
+                )
+        return pads
+
+    def pad(self, x: jax.Array, value: float = 0) -> jax.Array:
+        """Pad and dilate `x` [batch, *spatial, channels] so that `"VALID"` windows are all that is left."""
+        x = self.wrap(x)
+        pads = self.zero_padding(x.shape[1:-1])
+        config = [(low, high, d - 1) for (low, high), d in zip(pads, self.input_dilation, strict=True)]
+        return lax.pad(x, jnp.asarray(value, x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+
+    def convolve(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        *,
+        feature_group_count: int = 1,
+        precision: Any = None,
+        conv_general_dilated: Callable[..., jax.Array] | None = None,
+    ) -> jax.Array:
+        """Convolve `x` [batch, *spatial, channels] with `kernel` [*kernel_size, channels / groups, features]."""
+        x = self.wrap(x)
+        numbers = lax.ConvDimensionNumbers(
+            lhs_spec=(0, x.ndim - 1, *range(1, x.ndim - 1)),
+            rhs_spec=(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)),
+            out_spec=(0, x.ndim - 1, *range(1, x.ndim - 1)),
+        )
+        return (conv_general_dilated or lax.conv_general_dilated)(
+            x,
+            kernel,
+            self.strides,
+            self.zero_padding(x.shape[1:-1]),
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+        )
+
+    @property
+    def _dilated_kernel(self) -> tuple[int, ...]:
+        return tuple(
+            (k - 1) * d + 1 for k, d in zip(self.kernel_size, self.kernel_dilation, strict=True)
+        )
+
+
+def window(
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = "SAME",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+) -> Window:
+    """Spell out the geometry of a convolution, in `nn.Conv`'s words.
+
+    Args:
+      kernel_size: one int per spatial axis, or an int for one axis.
+      strides, input_dilation, kernel_dilation: an int for all axes, or one per axis; None means 1.
+      padding: `"SAME" | "SAME_LOWER" | "VALID" | "CIRCULAR" | "REFLECT" | "CAUSAL"`, an int, or per
+        axis an int or a (low, high) pair.
+    Returns:
+      The `Window`.
+    Raises:
+      ValueError: a size, stride or dilation below 1, a wrong number of entries, or unknown padding.
+
+    Source: flax.linen.Conv.
+
+    Example:
+      >>> from netdeconv_jax import ops
+      >>> ops.window((3, 3), strides=2, padding=1).padding
+      ((1, 1), (1, 1))
+    """
+    sizes = (kernel_size,) if isinstance(kernel_size, (int, np.integer)) else tuple(kernel_size)
+    if not sizes:
+        raise ValueError("`kernel_size` must have one entry per spatial axis, got ().")
+    ndim = len(sizes)
+    return Window(
+        _per_axis("kernel_size", sizes, ndim),
+        _per_axis("strides", strides, ndim),
+        _canonical_padding(padding, ndim),
+        _per_axis("input_dilation", input_dilation, ndim),
+        _per_axis("kernel_dilation", kernel_dilation, ndim),
+    )
+
+
+def extract_patches(
+    x: jax.Array,
+    kernel_size: int | Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    input_dilation: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] = 1,
+) -> jax.Array:
+    """Return the patch under every window, by one strided slice per kernel tap.
+
+    Two to four times faster than `lax.conv_general_dilated_patches`, and exact at every matmul precision
+    (that one is a convolution with an identity kernel).
+
+    Args:
+      x: [batch, *spatial, channels], any dtype.
+      kernel_size, strides, padding, input_dilation, kernel_dilation: as `window`.
+    Returns:
+      [batch, *out, *kernel_size, channels], dtype of `x`.
+    Raises:
+      ValueError: `x` has the wrong rank or is smaller than the kernel, or see `window`.
+
+    Source: im2col of Ye et al. 2020, section 3.4.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> ops.extract_patches(jnp.ones((2, 8, 8, 3)), (3, 3), padding="VALID").shape
+      (2, 6, 6, 3, 3, 3)
+    """
+    geometry = window(kernel_size, strides, padding, input_dilation, kernel_dilation)
+    if x.ndim != geometry.ndim + 2:
+        raise ValueError(
+            f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {x.shape}."
+        )
+    slices = tap_slices(geometry.pad(x), geometry, geometry.strides)
+    out = slices[0].shape[:-1]
+    return jnp.stack(slices, axis=-2).reshape(*out, *geometry.kernel_size, x.shape[-1])
+
+
+def tap_slices(
+    padded: jax.Array, geometry: Window, strides: tuple[int, ...]
+) -> list[jax.Array]:
+    """Return, per kernel tap in row-major order, the pixel it sees in each window: [batch, *out, channels].
+
+    Args:
+      padded: [batch, *spatial, channels], from `geometry.pad`.
+      geometry: gives the kernel size and its dilation.
+      strides: between windows; larger than the convolution's where patches are sampled.
+    """
+    spatial = padded.shape[1:-1]
+    reach = [(k - 1) * d for k, d in zip(geometry.kernel_size, geometry.kernel_dilation, strict=True)]
+    last = [(n - r - 1) // s * s for n, r, s in zip(spatial, reach, strides, strict=True)]
+    slices = []
+    for tap in np.ndindex(*geometry.kernel_size):
+        start = [t * d for t, d in zip(tap, geometry.kernel_dilation, strict=True)]
+        stop = [s + e + 1 for s, e in zip(start, last, strict=True)]
+        slices.append(
+            lax.slice(
+                padded,
+                (0, *start, 0),
+                (padded.shape[0], *stop, padded.shape[-1]),
+                (1, *strides, 1),
+            )
+        )
+    return slices
+
+
+def _per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
+    if value is None:
+        value = 1
+    entries = (value,) * ndim if isinstance(value, (int, np.integer)) else tuple(value)
+    if len(entries) != ndim:
+        raise ValueError(f"`{name}` must have {ndim} entries, one per spatial axis, got {value!r}.")
+    if not all(isinstance(v, (int, np.integer)) and v >= 1 for v in entries):
+        raise ValueError(f"`{name}` must hold integers of at least 1, got {value!r}.")
+    return tuple(int(v) for v in entries)
+
+
+def _canonical_padding(padding: Padding, ndim: int) -> str | tuple[tuple[int, int], ...]:
+    known = (*_LAX_MODES, *_WRAP_MODES, "CAUSAL")
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in known:
+            raise ValueError(f"`padding` must be one of {known}, an int or pairs, got {padding!r}.")
+        if name == "CAUSAL" and ndim != 1:
+            raise ValueError(f"`padding` 'CAUSAL' needs one spatial axis, got {ndim}.")
+        return name
+    entries = (padding,) * ndim if isinstance(padding, (int, np.integer)) else tuple(padding)
+    if len(entries) != ndim:
+        raise ValueError(f"`padding` must have {ndim} entries, one per spatial axis, got {padding!r}.")
+    pairs = []
+    for entry in entries:
+        pair = (entry, entry) if isinstance(entry, (int, np.integer)) else tuple(entry)
+        if len(pair) != 2:
+            raise ValueError(f"`padding` must hold ints or (low, high) pairs, got {padding!r}.")
+        pairs.append((int(pair[0]), int(pair[1])))
+    return tuple(pairs)

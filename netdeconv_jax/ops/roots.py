@@ -1,0 +1,193 @@
+"""Inverse square roots of covariance matrices.
+
+The paper's D ~ (Cov + eps I)^(-1/2) is `inverse_sqrt(cov + eps * eye)`. After the paper's five iterations
+it is *not* the exact root: directions far below the Frobenius norm stay damped, which acts as a soft
+ridge. Compare `newton_schulz` with its own scalar recursion on the eigenvalues, never with `eigh`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_HIGHEST = lax.Precision.HIGHEST
+
+METHODS = ("newton_schulz", "eigh")
+
+
+def inverse_sqrt(
+    cov: jax.Array, *, method: str = "newton_schulz", num_iters: int = 5
+) -> jax.Array:
+    """Return the inverse square root of symmetric positive semi-definite matrices.
+
+    Args:
+      cov: symmetric positive semi-definite, shape [..., d, d], floating point.
+      method: `"newton_schulz"`, the paper's truncated iteration, or `"eigh"`, the exact root.
+      num_iters: static int >= 1; iterations of `"newton_schulz"`, of no meaning to `"eigh"`.
+    Returns:
+      [..., d, d] in `promote_types(float32, cov.dtype)`, computed at HIGHEST matmul precision.
+    Raises:
+      ValueError: `cov` is not square, `method` is unknown, or `num_iters` < 1.
+      TypeError: `cov` is not floating point, or `num_iters` not an int.
+
+    Source: Ye et al. 2020, section 3.5 and Algorithm 1, line 8.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> ops.inverse_sqrt(jnp.diag(jnp.array([4.0, 1.0])), method="eigh").round(4).tolist()
+      [[0.5, 0.0], [0.0, 1.0]]
+    """
+    if method == "newton_schulz":
+        return newton_schulz(cov, num_iters=num_iters)
+    if method == "eigh":
+        return eigh(cov)
+    raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+
+
+def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
+    """Return the coupled Newton-Schulz (Denman-Beavers) inverse square root, `num_iters` steps of it.
+
+    With n = ||A||_F, Y = A / n, Z = I: `T = (3I - ZY) / 2, Y <- YT, Z <- TZ`, and the result is
+    `Z / sqrt(n)`. The first T needs no product and the last Y is never read, so that k steps cost 3k - 3
+    matrix products. An eigenvalue l of A moves by itself, `z <- z (3 - z y) / 2, y <- y (3 - z y) / 2`,
+    and whatever is still small after the last step stays below its exact root. An all-zero matrix gives 1.5^k I.
+
+    Args:
+      cov: symmetric positive semi-definite, shape [..., d, d], floating point.
+      num_iters: static int >= 1. Below float64 more than about 15 steps gain nothing.
+    Returns:
+      [..., d, d] in `promote_types(float32, cov.dtype)`; polynomial in `cov`, so it commutes with it.
+    Raises:
+      ValueError: `cov` is not square, or `num_iters` < 1.
+      TypeError: `cov` is not floating point, or `num_iters` not an int.
+
+    Source: Ye et al. 2020, section 3.5; Lin and Maji 2017. Departures: the unused products are left out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> ops.newton_schulz(4.0 * jnp.eye(1), num_iters=1).tolist()
+      [[0.5]]
+    """
+    check_num_iters(num_iters)
+    cov = _check_square(cov)
+    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+    norm = _frobenius_norm(cov)[..., None, None]
+    y, z = cov / norm, None
+    for step in range(num_iters):
+        t = 1.5 * eye - 0.5 * (y if z is None else _matmul(z, y))
+        z = t if z is None else _matmul(t, z)
+        if step < num_iters - 1:
+            y = _matmul(y, t)
+    assert z is not None
+    return z / jnp.sqrt(norm)
+
+
+def eigh(cov: jax.Array, *, ridge: float = 0.0) -> jax.Array:
+    """Return the exact inverse square root of `cov + ridge ||cov||_F I`.
+
+    Differentiable to every order, also where eigenvalues repeat (there the derivative of an
+    eigendecomposition is infinite): the derivative goes through the Sylvester equation `S dS + dS S = dA`
+    of the root S. Eigenvalues below rounding, `d eps max(eig)`, are raised to it.
+
+    Args:
+      cov: symmetric positive semi-definite, shape [..., d, d], floating point.
+      ridge: static float >= 0, relative to the Frobenius norm (five Newton-Schulz steps act like 1e-2).
+    Returns:
+      [..., d, d] in `promote_types(float32, cov.dtype)`.
+    Raises:
+      ValueError: `cov` is not square, or `ridge` < 0.
+      TypeError: `cov` is not floating point.
+
+    Source: ours; the paper never takes the exact root.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> ops.eigh(4.0 * jnp.eye(2)).round(4).tolist()
+      [[0.5, 0.0], [0.0, 0.5]]
+    """
+    check_ridge(ridge)
+    cov = _check_square(cov)
+    if ridge:
+        cov = cov + ridge * _frobenius_norm(cov)[..., None, None] * jnp.eye(
+            cov.shape[-1], dtype=cov.dtype
+        )
+    return _eigh_inverse_sqrt(cov)
+
+
+def check_num_iters(num_iters: int) -> None:
+    """Raise unless `num_iters` is an int >= 1."""
+    if not isinstance(num_iters, (int, np.integer)) or isinstance(num_iters, bool):
+        raise TypeError(f"`num_iters` must be a static int, got {num_iters!r}.")
+    if num_iters < 1:
+        raise ValueError(f"`num_iters` must be at least 1, got {num_iters}.")
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise unless `ridge` is at least 0."""
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must be at least 0, got {ridge}.")
+
+
+def _check_square(cov: jax.Array) -> jax.Array:
+    cov = jnp.asarray(cov)
+    if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
+        raise ValueError(f"`cov` must be square, of shape [..., d, d], got {cov.shape}.")
+    if not jnp.issubdtype(cov.dtype, jnp.floating):
+        raise TypeError(f"`cov` must be floating point, got {cov.dtype}.")
+    return cov.astype(jnp.promote_types(jnp.float32, cov.dtype))
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=_HIGHEST)
+
+
+def _frobenius_norm(a: jax.Array) -> jax.Array:
+    """Norm over the last two axes; 1 for an all-zero matrix, and no overflow where entries pass 1e19.
+
+    The scale is a constant to differentiation, which is exact: scale * ||a / scale|| does not depend on it.
+    """
+    scale = lax.stop_gradient(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
+    zero = scale == 0
+    scale = jnp.where(zero, 1, scale)
+    squares = jnp.sum((a / scale) ** 2, axis=(-2, -1), keepdims=True)
+    # The square root of zero has an infinite slope: take that of one instead, before the root, not after.
+    return (scale * jnp.sqrt(jnp.where(zero, 1, squares)))[..., 0, 0]
+
+
+@jax.custom_jvp
+def _eigh_inverse_sqrt(a: jax.Array) -> jax.Array:
+    values, vectors = _eigh_floored(a)
+    return _matmul(vectors * lax.rsqrt(values)[..., None, :], jnp.swapaxes(vectors, -1, -2))
+
+
+@_eigh_inverse_sqrt.defjvp
+def _(primals, tangents):
+    (a,), (da,) = primals, tangents
+    d = _eigh_inverse_sqrt(a)
+    root = _matmul(a, d)
+    dd = -_matmul(_matmul(d, _solve_sylvester(root, da)), d)
+    return d, dd
+
+
+def _solve_sylvester(root: jax.Array, b: jax.Array) -> jax.Array:
+    """Solve `root X + X root = b`, root symmetric positive definite; linear in b and differentiable in both."""
+    values, vectors = _eigh_floored(lax.stop_gradient(root))
+    denominator = values[..., :, None] + values[..., None, :]
+
+    def solve(_, b):
+        inner = _matmul(_matmul(jnp.swapaxes(vectors, -1, -2), b), vectors) / denominator
+        return _matmul(_matmul(vectors, inner), jnp.swapaxes(vectors, -1, -2))
+
+    return lax.custom_linear_solve(
+        lambda x: _matmul(root, x) + _matmul(x, root), b, solve, symmetric=True
+    )
+
+
+def _eigh_floored(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jnp.linalg.eigh(a)
+    info = jnp.finfo(a.dtype)
+    rounding = a.shape[-1] * info.eps * jnp.max(values, axis=-1, keepdims=True)
+    return jnp.maximum(values, jnp.maximum(rounding, info.tiny)), vectors

@@ -1,0 +1,21 @@
+"""How to whiten (`WhiteningSpec`) and one pure forward per kind of layer, shared by every Flax API."""
+
+from netdeconv_jax.whitening.spec import (
+    Contiguous,
+    Eigh,
+    Freeze,
+    Interleaved,
+    NewtonSchulz,
+    Stride,
+    WhiteningSpec,
+)
+
+__all__ = [
+    "Contiguous",
+    "Eigh",
+    "Freeze",
+    "Interleaved",
+    "NewtonSchulz",
+    "Stride",
+    "WhiteningSpec",
+]

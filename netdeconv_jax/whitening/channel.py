@@ -1,0 +1,160 @@
+"""Channel deconvolution as a normalization layer: whiten the channels in place."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from netdeconv_jax import ops
+from netdeconv_jax.ops.patch_moments import flat_position, full_mask
+from netdeconv_jax.whitening.conv import Reduction
+from netdeconv_jax.whitening.running import Running, averaged_if_any, whitener_of
+from netdeconv_jax.whitening.spec import WhiteningSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChannelRunning:
+    """Running statistics of `channel_deconv`: of the whitened channels, and of the remaining ones.
+
+    Attributes:
+      whitened: mean [d], whitener [d, d] and the count of steps.
+      rest_mean, rest_var: scalars; mean 0 and variance 1 before any statistics exist.
+    """
+
+    whitened: Running
+    rest_mean: jax.Array
+    rest_var: jax.Array
+
+    @staticmethod
+    def start(block: int, dtype: Any) -> "ChannelRunning":
+        """Return the state before any statistics exist."""
+        whitened = Running.start((block,), dtype, counted=True)
+        return ChannelRunning(whitened, jnp.zeros((), dtype), jnp.ones((), dtype))
+
+
+def channel_deconv(
+    x: jax.Array,
+    running: ChannelRunning,
+    *,
+    block: int,
+    spec: WhiteningSpec,
+    use_running_average: bool = False,
+    mask: jax.Array | None = None,
+    reduction: Reduction = Reduction(),
+    dtype: Any = None,
+) -> tuple[jax.Array, ChannelRunning]:
+    """Whiten the channels of `x` in groups of `block`; standardize those that are left over.
+
+    With c = channels // block * block, channel ch < c is row `ch // G` of group `ch % G`, G = c / block; all
+    groups share one mean and one whitener. The other channels share one mean and one unbiased variance.
+    Running averages start at the first batch.
+
+    Args:
+      x: [batch, *spatial, channels].
+      running: statistics so far.
+      block: channels per group, 1 <= block <= channels.
+      spec: root, sampling, eps and momentum are used; grouping is as above.
+      use_running_average, reduction, dtype: as `deconv_conv`.
+      mask: weights >= 0, broadcastable to [batch, *spatial, 1].
+    Returns:
+      y, shape of `x`, in `dtype`; and the running statistics after this step.
+
+    Source: ChannelDeconv of the original code; its covariance forgets the mean, ours is centred.
+    """
+    dtype = dtype or x.dtype
+    channels = x.shape[-1]
+    whole = channels // block * block
+    grouped = x[..., :whole].reshape(*x.shape[:-1], block, whole // block)
+    rest = x[..., whole:]
+    if use_running_average:
+        mean, whitener = running.whitened.mean, running.whitened.whitener
+        rest_mean, rest_var = running.rest_mean, running.rest_var
+    else:
+        step = _sampling_step(x.shape[1:-1], spec.sampling.stride)
+        stats = running.whitened.mean.dtype
+        if mask is not None:
+            mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(len(x), -1)
+        whole_moments = _grouped_moments(grouped, mask, step, reduction, stats)
+        mean, whitener = whole_moments.mean, whitener_of(whole_moments, spec)
+        rest_mean, rest_var = running.rest_mean, running.rest_var
+        if whole < channels:
+            rest_mean, rest_var = _mean_and_variance(
+                _rest_moments(rest, mask, step, reduction, stats)
+            )
+        running = _averaged(running, whole_moments, whitener, rest_mean, rest_var, spec.momentum)
+
+    y = jnp.swapaxes(grouped.astype(mean.dtype), -1, -2) - mean
+    y = jnp.matmul(y.astype(dtype), whitener.astype(dtype), precision=lax.Precision.HIGHEST)
+    y = jnp.swapaxes(y, -1, -2).reshape(*x.shape[:-1], whole)
+    if whole < channels:
+        left = (rest.astype(mean.dtype) - rest_mean) * lax.rsqrt(rest_var + spec.eps)
+        y = jnp.concatenate([y, left.astype(dtype)], axis=-1)
+    return y, running
+
+
+def _sampling_step(spatial: tuple[int, ...], stride: int) -> int:
+    """Every which pixel is a sample: none is left out where the map is smaller than the stride."""
+    return stride ** len(spatial) if all(n >= stride for n in spatial) else 1
+
+
+def _grouped_moments(x, mask, step, reduction, dtype):
+    """Moments of x [batch, *spatial, d, groups]: every `step`-th sample in (group, batch, pixel) order."""
+    batch, pixels = x.shape[0], math.prod(x.shape[1:-2])
+    index, total = flat_position(batch, reduction.axis_name, reduction.axis_index_groups)
+    image = index[:, None] + np.arange(x.shape[-1]) * total  # [batch, groups], counted over all groups
+    x = jnp.swapaxes(x, -1, -2).reshape(batch, pixels, x.shape[-1], x.shape[-2])
+    return _thinned_moments(x, mask, step, image % step * (pixels % step), reduction, dtype)
+
+
+def _rest_moments(x, mask, step, reduction, dtype):
+    """Moments of all values of x [batch, *spatial, c]: every `step`-th in (channel, pixel) order, per image."""
+    batch, pixels = x.shape[0], math.prod(x.shape[1:-1])
+    x = x.reshape(batch, pixels, x.shape[-1], 1)
+    phase = np.arange(x.shape[2])[None] * (pixels % step)
+    return _thinned_moments(x, mask, step, phase, reduction, dtype)
+
+
+def _thinned_moments(x, mask, step, phase, reduction, dtype):
+    """Moments of x [batch, pixels, kinds, d], thinned by itself for each kind from `phase` [batch | 1, kinds]."""
+    rows, weights = ops.every_nth(x, step, phase[..., None])
+    if weights is not None:
+        weights = weights[..., 0]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[..., None], x.shape[:-1]).astype(dtype)
+        kept, _ = ops.every_nth(mask, step, phase)
+        weights = kept if weights is None else weights * kept
+    result = ops.moments(rows, weights, axes=(0, 1, 2), dtype=dtype)
+    if reduction.axis_name is None:
+        return result
+    return result.psum(reduction.axis_name, reduction.axis_index_groups)
+
+
+def _mean_and_variance(moments):
+    """The scalar mean and unbiased variance of one-dimensional moments."""
+    unbiased = moments.count / jnp.maximum(moments.count - 1, 1)
+    return moments.mean[0], moments.cov[0, 0] * unbiased
+
+
+def _averaged(running, moments, whitener, rest_mean, rest_var, momentum):
+    """The running averages after this step; the first step replaces what was there."""
+    assert running.whitened.step is not None
+    momentum = jnp.where(running.whitened.step == 0, 0, momentum)
+    # Rows are counted, not steps: a batch that is masked out altogether must not pass for the first.
+    counted = (moments.count > 0).astype(jnp.int32)
+
+    def averaged(old, batch):
+        return averaged_if_any(old, batch, moments.count, momentum)
+
+    whitened = Running(
+        averaged(running.whitened.mean, moments.mean),
+        averaged(running.whitened.whitener, whitener),
+        running.whitened.step + counted,
+    )
+    return ChannelRunning(
+        whitened, averaged(running.rest_mean, rest_mean), averaged(running.rest_var, rest_var)
+    )

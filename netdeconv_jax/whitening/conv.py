@@ -1,0 +1,163 @@
+"""The deconvolved convolution and dense layer as pure functions of arrays."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from netdeconv_jax import ops
+from netdeconv_jax.whitening.running import Running, statistics
+from netdeconv_jax.whitening.spec import WhiteningSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """Over which devices statistics are pooled: `axis_name` and `axis_index_groups` of `lax.psum`."""
+
+    axis_name: Any = None
+    axis_index_groups: Any = None
+
+
+def conv_groups(
+    spec: WhiteningSpec, channels: int, taps: int, feature_group_count: int = 1
+) -> ops.ColumnGroups:
+    """Return how `spec` divides the columns of a convolution."""
+    return ops.column_groups(
+        channels,
+        taps if spec.whiten == "patches" else 1,
+        spec.grouping.block_size,
+        kind=spec.grouping.kind,
+        shared=spec.grouping.shared,
+        feature_group_count=feature_group_count,
+    )
+
+
+def dense_groups(spec: WhiteningSpec, features: int) -> ops.ColumnGroups:
+    """Return how `spec` divides the columns of a dense layer: always contiguous, as the original."""
+    return ops.column_groups(
+        features,
+        1,
+        spec.grouping.block_size,
+        kind="contiguous",
+        shared=spec.grouping.shared,
+    )
+
+
+def deconv_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    running: Running,
+    *,
+    geometry: ops.Window,
+    spec: WhiteningSpec,
+    feature_group_count: int = 1,
+    use_running_average: bool = False,
+    mask: jax.Array | None = None,
+    reduction: Reduction = Reduction(),
+    dtype: Any = None,
+    precision: Any = None,
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> tuple[jax.Array, Running]:
+    """Whiten the patches of `x` and convolve: one plain convolution with a folded kernel.
+
+    Args:
+      x: [batch, *spatial, channels].
+      kernel: [*kernel_size, channels / feature_group_count, features].
+      bias: [features] or None. The whitened mean is subtracted in either case.
+      running: statistics so far, of `conv_groups(...).stat_shape`; its dtype is that of the statistics.
+      geometry: of the convolution.
+      spec, feature_group_count, use_running_average: as the layer's.
+      mask: see `ops.patch_moments`.
+      reduction: where statistics are pooled over a mapped axis.
+      dtype: of the convolution; default that of `x` and `kernel` promoted.
+      precision, conv_general_dilated: of the convolution alone; statistics run at HIGHEST.
+    Returns:
+      y [batch, *out, features] in `dtype`, and the running statistics after this step.
+
+    Source: Ye et al. 2020, Algorithm 1 and section 3.4.
+    """
+    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    groups = conv_groups(spec, x.shape[-1], geometry.taps, feature_group_count)
+    mean, whitener, running = statistics(
+        lambda: ops.patch_moments(
+            x,
+            geometry,
+            groups,
+            sampling_stride=spec.sampling.stride,
+            mask=mask,
+            axis_name=reduction.axis_name,
+            axis_index_groups=reduction.axis_index_groups,
+            dtype=running.mean.dtype,
+        ),
+        running,
+        spec,
+        use_running_average=use_running_average,
+    )
+    kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    y = geometry.convolve(
+        x.astype(dtype),
+        kernel,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        conv_general_dilated=conv_general_dilated,
+    )
+    return y + bias.astype(y.dtype), running
+
+
+def deconv_dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    running: Running,
+    *,
+    spec: WhiteningSpec,
+    use_running_average: bool = False,
+    mask: jax.Array | None = None,
+    reduction: Reduction = Reduction(),
+    dtype: Any = None,
+    precision: Any = None,
+    dot_general: Callable[..., jax.Array] | None = None,
+) -> tuple[jax.Array, Running]:
+    """Whiten the last axis of `x` and multiply: one plain product with a folded kernel.
+
+    Args:
+      x: [..., in_features]; all leading axes hold samples, and all of them are seen.
+      kernel: [in_features, features].
+      bias: [features] or None. The whitened mean is subtracted in either case.
+      running: statistics so far, of `dense_groups(...).stat_shape`.
+      spec, use_running_average, reduction, dtype, precision, dot_general: as `deconv_conv`.
+      mask: weights >= 0, broadcastable to [..., 1].
+    Returns:
+      y [..., features] in `dtype`, and the running statistics after this step.
+
+    Source: Delinear of the original code.
+    """
+    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    groups = dense_groups(spec, x.shape[-1])
+
+    def batch_moments():
+        # One dense layer is a 1x1 convolution over whatever lies between the batch and the features.
+        samples = x if x.ndim > 1 else x[None]
+        window = ops.window((1,) * (samples.ndim - 2) or (1,))
+        return ops.patch_moments(
+            samples,
+            window,
+            groups,
+            mask=mask,
+            axis_name=reduction.axis_name,
+            axis_index_groups=reduction.axis_index_groups,
+            dtype=running.mean.dtype,
+        )
+
+    mean, whitener, running = statistics(
+        batch_moments, running, spec, use_running_average=use_running_average
+    )
+    kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    y = (dot_general or lax.dot_general)(
+        x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision
+    )
+    return y + bias.astype(y.dtype), running

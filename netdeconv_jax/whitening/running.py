@@ -1,0 +1,95 @@
+"""From moments to (mean, whitener), and the running averages of both."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from netdeconv_jax.ops import Moments
+from netdeconv_jax.whitening.spec import WhiteningSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """Running statistics of a layer: averages of the mean and of the whitener, as the original keeps them.
+
+    Attributes:
+      mean: [*stat_shape, d], from 0.
+      whitener: [*stat_shape, d, d], from the identity.
+      step: int32 scalar counting training steps, or None for layers that need no count.
+    """
+
+    mean: jax.Array
+    whitener: jax.Array
+    step: jax.Array | None = None
+
+    @staticmethod
+    def start(shape: tuple[int, ...], dtype: Any, *, counted: bool = False) -> "Running":
+        """Return the state before any statistics exist: mean of `shape` [*stat_shape, d] 0, identity."""
+        width = shape[-1]
+        whitener = jnp.broadcast_to(jnp.eye(width, dtype=dtype), (*shape, width))
+        return Running(jnp.zeros(shape, dtype), whitener, jnp.zeros((), jnp.int32) if counted else None)
+
+
+def statistics(
+    batch_moments: Callable[[], Moments],
+    running: Running,
+    spec: WhiteningSpec,
+    *,
+    use_running_average: bool,
+) -> tuple[jax.Array, jax.Array, Running]:
+    """Return the mean and whitener to use now, and the running statistics after this step.
+
+    Args:
+      batch_moments: called only where batch statistics are wanted.
+      running: before this step; `running.step` must be there if `spec.freeze` is set.
+      spec: root, eps, momentum and freeze schedule.
+      use_running_average: use `running`, and leave it as it is.
+    """
+    if use_running_average:
+        return running.mean, running.whitener, running
+    if spec.freeze is None:
+        mean, whitener, averaged = _fresh(batch_moments, running, spec)
+    else:
+        assert running.step is not None
+        mean, whitener, averaged = lax.cond(
+            running.step % spec.freeze.period < spec.freeze.active_steps,
+            lambda: _fresh(batch_moments, running, spec),
+            lambda: _frozen(running),
+        )
+    if running.step is not None:
+        averaged = dataclasses.replace(averaged, step=running.step + 1)
+    return mean, whitener, averaged
+
+
+def whitener_of(moments: Moments, spec: WhiteningSpec) -> jax.Array:
+    """Return D ~ (cov + eps I)^(-1/2) as `spec.root` takes it."""
+    eye = jnp.eye(moments.cov.shape[-1], dtype=moments.cov.dtype)
+    return spec.root(moments.cov + spec.eps * eye)
+
+
+def averaged_if_any(
+    old: jax.Array, batch: jax.Array, count: jax.Array, momentum: float | jax.Array
+) -> jax.Array:
+    """Return the exponential moving average, or `old` where the batch held no sample."""
+    count = count.reshape(count.shape + (1,) * (old.ndim - count.ndim))
+    return jnp.where(count > 0, momentum * old + (1 - momentum) * batch, old)
+
+
+def _fresh(batch_moments, running, spec):
+    moments = batch_moments()
+    whitener = whitener_of(moments, spec)
+    averaged = Running(
+        averaged_if_any(running.mean, moments.mean, moments.count, spec.momentum),
+        averaged_if_any(running.whitener, whitener, moments.count, spec.momentum),
+        running.step,
+    )
+    return moments.mean, whitener, averaged
+
+
+def _frozen(running):
+    return lax.stop_gradient(running.mean), lax.stop_gradient(running.whitener), running

@@ -1,0 +1,232 @@
+"""How to whiten, as data: a frozen, hashable `WhiteningSpec` made of strategies."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from netdeconv_jax.ops import grouping as grouping_ops
+from netdeconv_jax.ops import roots
+
+WHITEN = ("patches", "channels")
+
+
+class Root(Protocol):
+    """An inverse square root of symmetric positive definite matrices [..., d, d]."""
+
+    def __call__(self, cov: jax.Array) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    """The paper's truncated iteration: `ops.newton_schulz`."""
+
+    num_iters: int = 5
+
+    def __post_init__(self):
+        roots.check_num_iters(self.num_iters)
+
+    def __call__(self, cov: jax.Array) -> jax.Array:
+        return roots.newton_schulz(cov, num_iters=self.num_iters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigh:
+    """The exact root, with a ridge relative to the Frobenius norm: `ops.eigh`."""
+
+    ridge: float = 0.0
+
+    def __post_init__(self):
+        roots.check_ridge(self.ridge)
+
+    def __call__(self, cov: jax.Array) -> jax.Array:
+        return roots.eigh(cov, ridge=self.ridge)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stride:
+    """Statistics from patches on a grid `stride` times as coarse as the convolution's."""
+
+    stride: int = 3
+
+    def __post_init__(self):
+        _check_int("sampling_stride", self.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """Groups as in the original code: neighbouring columns of a patch fall into different groups."""
+
+    block_size: int = 64
+    shared: bool = True
+    kind = "interleaved"
+
+    def __post_init__(self):
+        grouping_ops.check_block_size(self.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contiguous:
+    """Groups as in the paper's text: neighbouring channels are whitened together."""
+
+    block_size: int = 64
+    shared: bool = True
+    kind = "contiguous"
+
+    def __post_init__(self):
+        grouping_ops.check_block_size(self.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze:
+    """Compute statistics in the first `active_steps` of every `period`; use the running ones in the rest.
+
+    The original's stems compute them in steps 0 to 100 of every thousand: the defaults.
+    """
+
+    active_steps: int = 101
+    period: int = 1000
+
+    def __post_init__(self):
+        _check_int("active_steps", self.active_steps)
+        if self.period < self.active_steps:
+            raise ValueError(
+                f"`period` must be at least `active_steps` {self.active_steps}, got {self.period}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class WhiteningSpec:
+    """Everything that says how a layer whitens its input, apart from its shapes.
+
+    Attributes:
+      root: `NewtonSchulz(num_iters)` or `Eigh(ridge)`.
+      sampling: `Stride(stride)`, which patches the statistics see.
+      grouping: `Interleaved(block_size, shared)` or `Contiguous(block_size, shared)`. With `shared=False`
+        every group has a mean and a whitener of its own.
+      eps: float > 0, added to the diagonal of the covariance.
+      momentum: float in [0, 1), Flax's: `new = momentum * old + (1 - momentum) * batch`.
+      whiten: `"patches"`, pixels and channels, or `"channels"`, one whitener for all kernel taps.
+      freeze: `Freeze(active_steps, period)` or None.
+
+    The keywords `method`, `num_iters`, `sampling_stride`, `block_size`, `shared_whitener`, `freeze_schedule`
+    and the names `"interleaved"` and `"contiguous"` are shorthand for the strategies, here and in `replace`.
+
+    Raises:
+      ValueError: a value out of range, or an unknown `method`, `grouping` or `whiten`.
+      TypeError: a value of the wrong type, or an unknown keyword.
+
+    Source: Ye et al. 2020; the values of the original code.
+
+    Example:
+      >>> from netdeconv_jax import WhiteningSpec
+      >>> WhiteningSpec(block_size=16).grouping
+      Interleaved(block_size=16, shared=True)
+      >>> WhiteningSpec().replace(num_iters=15).root
+      NewtonSchulz(num_iters=15)
+    """
+
+    root: Root
+    sampling: Stride
+    grouping: Interleaved | Contiguous
+    eps: float
+    momentum: float
+    whiten: str
+    freeze: Freeze | None
+
+    def __init__(self, **settings: Any):
+        defaults = {
+            "root": NewtonSchulz(),
+            "sampling": Stride(),
+            "grouping": Interleaved(),
+            "eps": 1e-5,
+            "momentum": 0.9,
+            "whiten": "patches",
+            "freeze": None,
+        }
+        for name, value in _resolve(defaults, settings).items():
+            object.__setattr__(self, name, value)
+
+    def replace(self, **settings: Any) -> "WhiteningSpec":
+        """Return a copy with some settings changed, strategies or their shorthand."""
+        current = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return WhiteningSpec(**_resolve(current, settings))
+
+
+def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Lay settings, flat ones included, over a complete set of strategies, and check the result."""
+    flat = dict(settings)
+    result = current | {name: flat.pop(name) for name in tuple(flat) if name in current}
+    if isinstance(result["grouping"], str):
+        result["grouping"] = _named_grouping(result["grouping"], current["grouping"])
+
+    if "block_size" in flat:
+        result["grouping"] = dataclasses.replace(
+            result["grouping"], block_size=flat.pop("block_size")
+        )
+    if "shared_whitener" in flat:
+        result["grouping"] = dataclasses.replace(
+            result["grouping"], shared=bool(flat.pop("shared_whitener"))
+        )
+    if "sampling_stride" in flat:
+        result["sampling"] = Stride(flat.pop("sampling_stride"))
+    if "method" in flat:
+        result["root"] = _named_root(flat.pop("method"), result["root"])
+    if "num_iters" in flat:
+        result["root"] = _with_num_iters(result["root"], flat.pop("num_iters"))
+    if "freeze_schedule" in flat:
+        result["freeze"] = flat.pop("freeze_schedule")
+    if isinstance(result["freeze"], tuple):
+        result["freeze"] = Freeze(*result["freeze"])
+    if flat:
+        raise TypeError(f"WhiteningSpec has no setting {sorted(flat)[0]!r}.")
+    _check(result)
+    return result
+
+
+def _named_grouping(kind: str, current: Interleaved | Contiguous) -> Interleaved | Contiguous:
+    grouping_ops.check_kind(kind)
+    strategy = Interleaved if kind == "interleaved" else Contiguous
+    return strategy(current.block_size, current.shared)
+
+
+def _named_root(method: str, current: Root) -> Root:
+    if method not in roots.METHODS:
+        raise ValueError(f"`method` must be one of {roots.METHODS}, got {method!r}.")
+    strategy = NewtonSchulz if method == "newton_schulz" else Eigh
+    return current if isinstance(current, strategy) else strategy()
+
+
+def _with_num_iters(root: Root, num_iters: int) -> Root:
+    roots.check_num_iters(num_iters)
+    if not isinstance(root, NewtonSchulz):
+        raise ValueError(f"`num_iters`={num_iters} has no meaning for {root!r}; leave it out.")
+    return NewtonSchulz(num_iters)
+
+
+def _check(settings: dict[str, Any]) -> None:
+    if not settings["eps"] > 0:
+        raise ValueError(f"`eps` must be greater than 0, got {settings['eps']}.")
+    if not 0 <= settings["momentum"] < 1:
+        raise ValueError(
+            f"`momentum` must be in [0, 1), the share of the old average, got {settings['momentum']}."
+        )
+    if settings["whiten"] not in WHITEN:
+        raise ValueError(f"`whiten` must be one of {WHITEN}, got {settings['whiten']!r}.")
+    for name, kinds in {
+        "sampling": Stride,
+        "grouping": (Interleaved, Contiguous),
+        "freeze": (Freeze, type(None)),
+    }.items():
+        if not isinstance(settings[name], kinds):
+            raise TypeError(f"`{name}` must be a strategy, got {settings[name]!r}.")
+    if not callable(settings["root"]):
+        raise TypeError(f"`root` must be a strategy, got {settings['root']!r}.")
+
+
+def _check_int(name: str, value: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
