@@ -15,20 +15,121 @@ from flax.linen.dtypes import promote_dtype
 
 from netdeconv_jax import ops
 from netdeconv_jax.whitening.channel import ChannelRunning, channel_deconv
-from netdeconv_jax.whitening.conv import (
-    Reduction,
-    conv_groups,
-    deconv_conv,
-    deconv_dense,
-    dense_groups,
-)
-from netdeconv_jax.whitening.running import Running
+from netdeconv_jax.whitening.conv import conv_groups, deconv_conv, deconv_dense, dense_groups
+from netdeconv_jax.whitening.running import LOCAL, Reduction, Running
 from netdeconv_jax.whitening.spec import Contiguous, Freeze, WhiteningSpec
 
 _default_kernel_init = nn.initializers.lecun_normal()
 
 
-class DeconvConv(nn.Module):
+class _Whitened(nn.Module):
+    """What the layers of this file have in common: the settings, and where statistics come from."""
+
+    _: dataclasses.KW_ONLY
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_running_average: bool | None = None
+    axis_name: Any = None
+    axis_index_groups: Any = None
+    eps: float | None = None
+    epsilon: float | None = None
+    num_iters: int | None = None
+    momentum: float | None = None
+    method: str | None = None
+
+    def __post_init__(self):
+        self.resolved_spec()  # so that a bad setting is refused here, not when the model first runs
+        super().__post_init__()
+
+    def resolved_spec(self) -> WhiteningSpec:
+        """Return the settings as one `WhiteningSpec`: `spec` or the defaults, with keywords laid over."""
+        raise TypeError("A layer says what its defaults are.")
+
+    def _overrides(self) -> dict[str, Any]:
+        """The settings that were given as keywords, under the names of `WhiteningSpec.replace`."""
+        if self.eps is not None and self.epsilon is not None:
+            raise ValueError(
+                f"`epsilon` is another name for `eps`; give one, got {self.epsilon} and {self.eps}."
+            )
+        names = (
+            "block_size num_iters momentum sampling_stride whiten grouping shared_whitener method "
+            "freeze_schedule"
+        )
+        values = {name: getattr(self, name, None) for name in names.split()}
+        values["eps"] = self.epsilon if self.eps is None else self.eps
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _merge_use_running_average(self, argument: bool | None) -> bool:
+        given = self.use_running_average
+        if (given is None) == (argument is None):
+            often = "neither" if given is None else "both"
+            raise ValueError(
+                "`use_running_average` must be given to the constructor or in the call, not to "
+                f"{often}; got {given} there and {argument} here."
+            )
+        return bool(argument if given is None else given)
+
+    @property
+    def _reduction(self) -> Reduction:
+        if self.is_initializing():  # the mapped axis need not exist yet
+            return LOCAL
+        return Reduction(self.axis_name, self.axis_index_groups)
+
+    @property
+    def _stats_dtype(self) -> Any:
+        return jnp.promote_types(jnp.float32, self.param_dtype)
+
+
+class _Deconvolved(_Whitened):
+    """What `DeconvConv` and `DeconvDense` have in common: a kernel, a bias and running statistics."""
+
+    _: dataclasses.KW_ONLY
+    use_bias: bool = True
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = _default_kernel_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+    promote_dtype: Callable[..., Any] = promote_dtype
+    spec: WhiteningSpec | None = None
+    block_size: int | None = None
+    shared_whitener: bool | None = None
+    freeze_schedule: Freeze | tuple[int, int] | None = None
+
+    def _declare_params(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+        if self.has_variable("params", "kernel"):
+            have = jnp.shape(nn.unbox(self.get_variable("params", "kernel")))
+            if have[-2] != shape[-2]:
+                raise ValueError(
+                    f"`x` has {shape[-2]} input channels per feature group, but this layer's kernel was "
+                    f"initialized for {have[-2]}: its shape is {have}."
+                )
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
+
+    def _declare_running(
+        self, groups: ops.ColumnGroups
+    ) -> tuple[Running, Callable[[Running], None]]:
+        """Declare the running statistics; return them and the function that stores new ones."""
+        counted = self.resolved_spec().freeze is not None
+        start = Running.start(
+            (*groups.stat_shape, groups.width), self._stats_dtype, counted=counted
+        )
+        mean = self.variable("batch_stats", "mean", lambda: start.mean)
+        whitener = self.variable("batch_stats", "whitener", lambda: start.whitener)
+        step = self.variable("batch_stats", "step", lambda: start.step) if counted else None
+
+        def store(running: Running) -> None:
+            if self.is_initializing():
+                return
+            mean.value, whitener.value = running.mean, running.whitener
+            if step is not None:
+                step.value = running.step
+
+        return Running(mean.value, whitener.value, step.value if step is not None else None), store
+
+
+class DeconvConv(_Deconvolved):
     """A convolution of whitened patches: `y = (X - mu) D w + b`, in place of `nn.Conv` and `nn.BatchNorm`.
 
     Reads as `nn.Conv` reads, NHWC and HWIO, in one, two or three dimensions, and takes its statistics as
@@ -73,43 +174,20 @@ class DeconvConv(nn.Module):
 
     features: int
     kernel_size: int | Sequence[int]
-    strides: None | int | Sequence[int] = 1
+    strides: int | Sequence[int] | None = 1
     _: dataclasses.KW_ONLY
     padding: ops.Padding = "SAME"
-    input_dilation: None | int | Sequence[int] = 1
-    kernel_dilation: None | int | Sequence[int] = 1
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
     feature_group_count: int = 1
-    use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: nn.initializers.Initializer = _default_kernel_init
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    promote_dtype: Callable[..., Any] = promote_dtype
     conv_general_dilated: Callable[..., jax.Array] | None = None
-    use_running_average: bool | None = None
-    axis_name: Any = None
-    axis_index_groups: Any = None
-    spec: WhiteningSpec | None = None
-    block_size: int | None = None
-    eps: float | None = None
-    epsilon: float | None = None
-    num_iters: int | None = None
-    momentum: float | None = None
     sampling_stride: int | None = None
     whiten: str | None = None
     grouping: str | None = None
-    shared_whitener: bool | None = None
-    method: str | None = None
-    freeze_schedule: Freeze | tuple[int, int] | None = None
-
-    def __post_init__(self):
-        self.resolved_spec()
-        super().__post_init__()
 
     def resolved_spec(self) -> WhiteningSpec:
-        """Return `spec` with the keywords that were given laid over it."""
-        return _resolve(self, WhiteningSpec())
+        """Return `spec`, or the defaults, with the keywords that were given laid over it."""
+        return (self.spec or WhiteningSpec()).replace(**self._overrides())
 
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
@@ -139,7 +217,7 @@ class DeconvConv(nn.Module):
             an input smaller than the kernel, or `use_running_average` given twice or never.
           TypeError: `x` is not floating point.
         """
-        use_running_average = _merge_use_running_average(self, use_running_average)
+        use_running_average = self._merge_use_running_average(use_running_average)
         spec = self.resolved_spec()
         geometry = ops.window(
             self.kernel_size, self.strides, self.padding, self.input_dilation, self.kernel_dilation
@@ -152,8 +230,8 @@ class DeconvConv(nn.Module):
 
         groups = conv_groups(spec, x.shape[-1], geometry.taps, self.feature_group_count)
         shape = (*geometry.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
-        kernel, bias = _declare_params(self, shape)
-        running, store = _declare_running(self, groups, counted=spec.freeze is not None)
+        kernel, bias = self._declare_params(shape)
+        running, store = self._declare_running(groups)
         (promoted,) = self.promote_dtype(flat, kernel, bias, dtype=self.dtype)[:1]
 
         y, running = deconv_conv(
@@ -166,7 +244,7 @@ class DeconvConv(nn.Module):
             feature_group_count=self.feature_group_count,
             use_running_average=use_running_average,
             mask=mask,
-            reduction=_reduction(self),
+            reduction=self._reduction,
             dtype=promoted.dtype,
             precision=self.precision,
             conv_general_dilated=self.conv_general_dilated,
@@ -176,7 +254,7 @@ class DeconvConv(nn.Module):
         return y if len(batch_shape) == 1 else y.reshape(*batch_shape, *y.shape[1:])
 
 
-class DeconvDense(nn.Module):
+class DeconvDense(_Deconvolved):
     """A dense layer of whitened inputs: `y = (x - mu) D w + b`, in place of `nn.Dense` and `nn.BatchNorm`.
 
     Acts on the last axis of any [..., in_features]; every leading axis holds samples. Groups are contiguous
@@ -204,34 +282,11 @@ class DeconvDense(nn.Module):
 
     features: int
     _: dataclasses.KW_ONLY
-    use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    kernel_init: nn.initializers.Initializer = _default_kernel_init
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
-    promote_dtype: Callable[..., Any] = promote_dtype
     dot_general: Callable[..., jax.Array] | None = None
-    use_running_average: bool | None = None
-    axis_name: Any = None
-    axis_index_groups: Any = None
-    spec: WhiteningSpec | None = None
-    block_size: int | None = None
-    eps: float | None = None
-    epsilon: float | None = None
-    num_iters: int | None = None
-    momentum: float | None = None
-    shared_whitener: bool | None = None
-    method: str | None = None
-    freeze_schedule: Freeze | tuple[int, int] | None = None
-
-    def __post_init__(self):
-        self.resolved_spec()
-        super().__post_init__()
 
     def resolved_spec(self) -> WhiteningSpec:
-        """Return `spec` with the keywords that were given laid over it."""
-        return _resolve(self, WhiteningSpec(grouping=Contiguous(512)))
+        """Return `spec`, or the defaults, with the keywords that were given laid over it."""
+        return (self.spec or WhiteningSpec(grouping=Contiguous(512))).replace(**self._overrides())
 
     def effective_block(self, features: int) -> int:
         """Return the features whitened together, of `features` input features."""
@@ -258,13 +313,11 @@ class DeconvDense(nn.Module):
             twice or never.
           TypeError: `x` is not floating point.
         """
-        use_running_average = _merge_use_running_average(self, use_running_average)
+        use_running_average = self._merge_use_running_average(use_running_average)
         spec = self.resolved_spec()
         _check_input(x, min_ndim=1)
-        kernel, bias = _declare_params(self, (x.shape[-1], self.features))
-        running, store = _declare_running(
-            self, dense_groups(spec, x.shape[-1]), counted=spec.freeze is not None
-        )
+        kernel, bias = self._declare_params((x.shape[-1], self.features))
+        running, store = self._declare_running(dense_groups(spec, x.shape[-1]))
         (promoted,) = self.promote_dtype(x, kernel, bias, dtype=self.dtype)[:1]
         y, running = deconv_dense(
             x,
@@ -274,7 +327,7 @@ class DeconvDense(nn.Module):
             spec=spec,
             use_running_average=use_running_average,
             mask=mask,
-            reduction=_reduction(self),
+            reduction=self._reduction,
             dtype=promoted.dtype,
             precision=self.precision,
             dot_general=self.dot_general,
@@ -284,7 +337,7 @@ class DeconvDense(nn.Module):
         return y
 
 
-class ChannelDeconv(nn.Module):
+class ChannelDeconv(_Whitened):
     """A normalization layer that whitens channels in place, where `nn.BatchNorm` would stand.
 
     Channels are divided into groups of `block_size` that share one whitener; what does not fill a group is
@@ -317,25 +370,11 @@ class ChannelDeconv(nn.Module):
 
     _: dataclasses.KW_ONLY
     block_size: int
-    eps: float | None = None
-    epsilon: float | None = None
-    num_iters: int | None = None
-    momentum: float | None = None
     sampling_stride: int | None = None
-    method: str | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_running_average: bool | None = None
-    axis_name: Any = None
-    axis_index_groups: Any = None
-
-    def __post_init__(self):
-        self.resolved_spec()
-        super().__post_init__()
 
     def resolved_spec(self) -> WhiteningSpec:
         """Return the settings as a `WhiteningSpec`, defaults filled in."""
-        return _resolve(self, WhiteningSpec(eps=1e-2))
+        return WhiteningSpec(eps=1e-2).replace(**self._overrides())
 
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
@@ -361,10 +400,10 @@ class ChannelDeconv(nn.Module):
           ValueError: no channels, or `use_running_average` given twice or never.
           TypeError: `x` is not floating point.
         """
-        use_running_average = _merge_use_running_average(self, use_running_average)
+        use_running_average = self._merge_use_running_average(use_running_average)
         _check_input(x, min_ndim=2)
         block = self.effective_block(x.shape[-1])
-        start = ChannelRunning.start(block, _stats_dtype(self.param_dtype))
+        start = ChannelRunning.start(block, self._stats_dtype)
         mean = self.variable("batch_stats", "mean", lambda: start.whitened.mean)
         whitener = self.variable("batch_stats", "whitener", lambda: start.whitened.whitener)
         step = self.variable("batch_stats", "step", lambda: start.whitened.step)
@@ -379,7 +418,7 @@ class ChannelDeconv(nn.Module):
             spec=self.resolved_spec(),
             use_running_average=use_running_average,
             mask=mask,
-            reduction=_reduction(self),
+            reduction=self._reduction,
             dtype=self.dtype or jnp.promote_types(x.dtype, self.param_dtype),
         )
         if not use_running_average and not self.is_initializing():
@@ -387,35 +426,6 @@ class ChannelDeconv(nn.Module):
             step.value = running.whitened.step
             rest_mean.value, rest_var.value = running.rest_mean, running.rest_var
         return y
-
-
-# What the three modules declare and check alike. Each takes a module only to declare variables on it.
-
-
-def _resolve(module: Any, default: WhiteningSpec) -> WhiteningSpec:
-    names = (
-        "block_size eps num_iters momentum sampling_stride whiten grouping shared_whitener "
-        "method freeze_schedule"
-    ).split()
-    given = {name: value for name in names if (value := getattr(module, name, None)) is not None}
-    if module.epsilon is not None:
-        if "eps" in given:
-            raise ValueError(
-                f"`epsilon` is another name for `eps`, give one: got {module.epsilon} and {module.eps}."
-            )
-        given["eps"] = module.epsilon
-    return (getattr(module, "spec", None) or default).replace(**given)
-
-
-def _merge_use_running_average(module: Any, argument: bool | None) -> bool:
-    given = module.use_running_average
-    if (given is None) == (argument is None):
-        often = "neither" if given is None else "both"
-        raise ValueError(
-            f"`use_running_average` must be given to the constructor or in the call, {often} of them is: "
-            f"got {given} and {argument}."
-        )
-    return argument if given is None else given
 
 
 def _check_input(x: jax.Array, *, min_ndim: int) -> None:
@@ -427,45 +437,3 @@ def _check_input(x: jax.Array, *, min_ndim: int) -> None:
         raise ValueError(f"`x` has no channels: shape {x.shape}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")
-
-
-def _stats_dtype(param_dtype: Any) -> Any:
-    return jnp.promote_types(jnp.float32, param_dtype)
-
-
-def _reduction(module: Any) -> Reduction:
-    if module.is_initializing():
-        return Reduction()
-    return Reduction(module.axis_name, module.axis_index_groups)
-
-
-def _declare_params(module: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
-    if module.has_variable("params", "kernel"):
-        have = jnp.shape(nn.unbox(module.get_variable("params", "kernel")))
-        if have[:-1] != shape[:-1]:
-            raise ValueError(
-                f"`x` needs a kernel of shape {shape} but this layer was initialized with {have}: "
-                f"{shape[-2]} input channels a feature group against {have[-2]}."
-            )
-    kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
-    if not module.use_bias:
-        return kernel, None
-    return kernel, module.param("bias", module.bias_init, shape[-1:], module.param_dtype)
-
-
-def _declare_running(module: Any, groups: ops.ColumnGroups, *, counted: bool):
-    start = Running.start(
-        (*groups.stat_shape, groups.width), _stats_dtype(module.param_dtype), counted=counted
-    )
-    mean = module.variable("batch_stats", "mean", lambda: start.mean)
-    whitener = module.variable("batch_stats", "whitener", lambda: start.whitener)
-    step = module.variable("batch_stats", "step", lambda: start.step) if counted else None
-
-    def store(running: Running) -> None:
-        if module.is_initializing():
-            return
-        mean.value, whitener.value = running.mean, running.whitener
-        if step is not None:
-            step.value = running.step
-
-    return Running(mean.value, whitener.value, step.value if step is not None else None), store

@@ -89,7 +89,7 @@ def run(name, dtype):
     }
     for key in case.files:
         if key in ours and not (key.endswith(("mean2", "var")) and "remainder" not in name):
-            yield key, np.ravel(stats[ours[key]]), np.ravel(case[key])
+            yield key, np.ravel(np.asarray(stats[ours[key]])), np.ravel(case[key])
     y_eval = layer.apply({"params": params, "batch_stats": stats}, x, True)
     yield "y_eval", y_eval, channels_last(case["y_eval"])
 

@@ -123,9 +123,7 @@ def column_groups(
         )
     block = effective_block(channels, block_size)
     if feature_group_count > 1:
-        return ColumnGroups(
-            kind, feature_group_count, 1, 1, channels // feature_group_count * taps
-        )
+        return ColumnGroups(kind, feature_group_count, 1, 1, channels // feature_group_count * taps)
     count = channels // block
     return ColumnGroups(kind, 1, 1 if shared else count, count if shared else 1, block * taps)
 

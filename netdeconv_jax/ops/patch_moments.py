@@ -127,7 +127,9 @@ def _sampled_patches(x, mask, geometry, sampling_stride):
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
     touched = tap_slices(geometry.pad(mask, value=jnp.inf), geometry, strides)
     least = jnp.min(jnp.stack(touched), axis=0)
-    return columns, jnp.where(jnp.isinf(least), 1, least)[..., 0]  # a window of padding alone counts
+    return columns, jnp.where(jnp.isinf(least), 1, least)[
+        ..., 0
+    ]  # a window of padding alone counts
 
 
 def full_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
@@ -138,8 +140,7 @@ def full_mask(mask: jax.Array, x: jax.Array) -> jax.Array:
     """
     mask = jnp.asarray(mask)
     if mask.ndim > x.ndim or any(
-        m not in (1, n)
-        for m, n in zip(mask.shape[::-1], (1, *x.shape[-2::-1]), strict=False)
+        m not in (1, n) for m, n in zip(mask.shape[::-1], (1, *x.shape[-2::-1]), strict=False)
     ):
         raise ValueError(
             f"`mask` must be broadcastable to {(*x.shape[:-1], 1)}, one weight per pixel, got {mask.shape}."

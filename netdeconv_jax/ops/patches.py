@@ -62,7 +62,9 @@ class Window:
         if isinstance(self.padding, tuple):
             pads = list(self.padding)
         elif self.padding in _LAX_MODES:
-            pads = list(lax.padtype_to_pads(dilated, self._dilated_kernel, self.strides, self.padding))
+            pads = list(
+                lax.padtype_to_pads(dilated, self._dilated_kernel, self.strides, self.padding)
+            )
         elif self.padding == "CAUSAL":
             pads = [(self._dilated_kernel[0] - 1, 0)]
         else:
@@ -80,7 +82,9 @@ class Window:
         """Pad and dilate `x` [batch, *spatial, channels] so that `"VALID"` windows are all that is left."""
         x = self.wrap(x)
         pads = self.zero_padding(x.shape[1:-1])
-        config = [(low, high, d - 1) for (low, high), d in zip(pads, self.input_dilation, strict=True)]
+        config = [
+            (low, high, d - 1) for (low, high), d in zip(pads, self.input_dilation, strict=True)
+        ]
         return lax.pad(x, jnp.asarray(value, x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
 
     def convolve(
@@ -92,7 +96,7 @@ class Window:
         precision: Any = None,
         conv_general_dilated: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
-        """Convolve `x` [batch, *spatial, channels] with `kernel` [*kernel_size, channels / groups, features]."""
+        """Convolve [batch, *spatial, channels] with a kernel [*kernel_size, channels / groups, features]."""
         x = self.wrap(x)
         numbers = lax.ConvDimensionNumbers(
             lhs_spec=(0, x.ndim - 1, *range(1, x.ndim - 1)),
@@ -197,9 +201,7 @@ def extract_patches(
     return jnp.stack(slices, axis=-2).reshape(*out, *geometry.kernel_size, x.shape[-1])
 
 
-def tap_slices(
-    padded: jax.Array, geometry: Window, strides: tuple[int, ...]
-) -> list[jax.Array]:
+def tap_slices(padded: jax.Array, geometry: Window, strides: tuple[int, ...]) -> list[jax.Array]:
     """Return, per kernel tap in row-major order, the pixel it sees in each window: [batch, *out, channels].
 
     Args:
@@ -208,7 +210,9 @@ def tap_slices(
       strides: between windows; larger than the convolution's where patches are sampled.
     """
     spatial = padded.shape[1:-1]
-    reach = [(k - 1) * d for k, d in zip(geometry.kernel_size, geometry.kernel_dilation, strict=True)]
+    reach = [
+        (k - 1) * d for k, d in zip(geometry.kernel_size, geometry.kernel_dilation, strict=True)
+    ]
     last = [(n - r - 1) // s * s for n, r, s in zip(spatial, reach, strides, strict=True)]
     slices = []
     for tap in np.ndindex(*geometry.kernel_size):
@@ -247,7 +251,9 @@ def _canonical_padding(padding: Padding, ndim: int) -> str | tuple[tuple[int, in
         return name
     entries = (padding,) * ndim if isinstance(padding, (int, np.integer)) else tuple(padding)
     if len(entries) != ndim:
-        raise ValueError(f"`padding` must have {ndim} entries, one per spatial axis, got {padding!r}.")
+        raise ValueError(
+            f"`padding` must have {ndim} entries, one per spatial axis, got {padding!r}."
+        )
     pairs = []
     for entry in entries:
         pair = (entry, entry) if isinstance(entry, (int, np.integer)) else tuple(entry)

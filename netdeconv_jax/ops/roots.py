@@ -15,9 +15,7 @@ _HIGHEST = lax.Precision.HIGHEST
 METHODS = ("newton_schulz", "eigh")
 
 
-def inverse_sqrt(
-    cov: jax.Array, *, method: str = "newton_schulz", num_iters: int = 5
-) -> jax.Array:
+def inverse_sqrt(cov: jax.Array, *, method: str = "newton_schulz", num_iters: int = 5) -> jax.Array:
     """Return the inverse square root of symmetric positive semi-definite matrices.
 
     Args:
@@ -51,7 +49,7 @@ def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
     With n = ||A||_F, Y = A / n, Z = I: `T = (3I - ZY) / 2, Y <- YT, Z <- TZ`, and the result is
     `Z / sqrt(n)`. The first T needs no product and the last Y is never read, so that k steps cost 3k - 3
     matrix products. An eigenvalue l of A moves by itself, `z <- z (3 - z y) / 2, y <- y (3 - z y) / 2`,
-    and whatever is still small after the last step stays below its exact root. An all-zero matrix gives 1.5^k I.
+    and whatever is still small after the last step stays below its exact root. All zeros give 1.5^k I.
 
     Args:
       cov: symmetric positive semi-definite, shape [..., d, d], floating point.
@@ -147,7 +145,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def _frobenius_norm(a: jax.Array) -> jax.Array:
     """Norm over the last two axes; 1 for an all-zero matrix, and no overflow where entries pass 1e19.
 
-    The scale is a constant to differentiation, which is exact: scale * ||a / scale|| does not depend on it.
+    The scale is a constant to differentiation: rightly, since scale * ||a / scale|| does not depend on it.
     """
     scale = lax.stop_gradient(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
     zero = scale == 0
@@ -173,7 +171,7 @@ def _(primals, tangents):
 
 
 def _solve_sylvester(root: jax.Array, b: jax.Array) -> jax.Array:
-    """Solve `root X + X root = b`, root symmetric positive definite; linear in b and differentiable in both."""
+    """Solve `root X + X root = b` for a symmetric positive definite root; differentiable in both."""
     values, vectors = _eigh_floored(lax.stop_gradient(root))
     denominator = values[..., :, None] + values[..., None, :]
 

@@ -11,8 +11,7 @@ from jax import lax
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import flat_position, full_mask
-from netdeconv_jax.whitening.conv import Reduction
-from netdeconv_jax.whitening.running import Running, averaged_if_any, whitener_of
+from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, averaged_if_any, whitener_of
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
 
@@ -45,7 +44,7 @@ def channel_deconv(
     spec: WhiteningSpec,
     use_running_average: bool = False,
     mask: jax.Array | None = None,
-    reduction: Reduction = Reduction(),
+    reduction: Reduction = LOCAL,
     dtype: Any = None,
 ) -> tuple[jax.Array, ChannelRunning]:
     """Whiten the channels of `x` in groups of `block`; standardize those that are left over.
@@ -106,21 +105,23 @@ def _grouped_moments(x, mask, step, reduction, dtype):
     """Moments of x [batch, *spatial, d, groups]: every `step`-th sample in (group, batch, pixel) order."""
     batch, pixels = x.shape[0], math.prod(x.shape[1:-2])
     index, total = flat_position(batch, reduction.axis_name, reduction.axis_index_groups)
-    image = index[:, None] + np.arange(x.shape[-1]) * total  # [batch, groups], counted over all groups
+    image = (
+        index[:, None] + np.arange(x.shape[-1]) * total
+    )  # [batch, groups], counted over all groups
     x = jnp.swapaxes(x, -1, -2).reshape(batch, pixels, x.shape[-1], x.shape[-2])
     return _thinned_moments(x, mask, step, image % step * (pixels % step), reduction, dtype)
 
 
 def _rest_moments(x, mask, step, reduction, dtype):
-    """Moments of all values of x [batch, *spatial, c]: every `step`-th in (channel, pixel) order, per image."""
+    """Moments of all values of x [batch, *spatial, c]: every `step`-th of an image's (channel, pixel)."""
     batch, pixels = x.shape[0], math.prod(x.shape[1:-1])
-    x = x.reshape(batch, pixels, x.shape[-1], 1)
+    x = x.reshape(batch, pixels, x.shape[-1])[..., None]
     phase = np.arange(x.shape[2])[None] * (pixels % step)
     return _thinned_moments(x, mask, step, phase, reduction, dtype)
 
 
 def _thinned_moments(x, mask, step, phase, reduction, dtype):
-    """Moments of x [batch, pixels, kinds, d], thinned by itself for each kind from `phase` [batch | 1, kinds]."""
+    """Moments of x [batch, pixels, kinds, d], each kind thinned from its own phase [batch | 1, kinds]."""
     rows, weights = ops.every_nth(x, step, phase[..., None])
     if weights is not None:
         weights = weights[..., 0]

@@ -1,6 +1,5 @@
 """The deconvolved convolution and dense layer as pure functions of arrays."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from netdeconv_jax import ops
-from netdeconv_jax.whitening.running import Running, statistics
+from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
 from netdeconv_jax.whitening.spec import WhiteningSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class Reduction:
-    """Over which devices statistics are pooled: `axis_name` and `axis_index_groups` of `lax.psum`."""
-
-    axis_name: Any = None
-    axis_index_groups: Any = None
 
 
 def conv_groups(
@@ -57,7 +48,7 @@ def deconv_conv(
     feature_group_count: int = 1,
     use_running_average: bool = False,
     mask: jax.Array | None = None,
-    reduction: Reduction = Reduction(),
+    reduction: Reduction = LOCAL,
     dtype: Any = None,
     precision: Any = None,
     conv_general_dilated: Callable[..., jax.Array] | None = None,
@@ -117,7 +108,7 @@ def deconv_dense(
     spec: WhiteningSpec,
     use_running_average: bool = False,
     mask: jax.Array | None = None,
-    reduction: Reduction = Reduction(),
+    reduction: Reduction = LOCAL,
     dtype: Any = None,
     precision: Any = None,
     dot_general: Callable[..., jax.Array] | None = None,

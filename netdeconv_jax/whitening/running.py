@@ -1,6 +1,7 @@
 """From moments to (mean, whitener), and the running averages of both."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,20 @@ class Running:
         """Return the state before any statistics exist: mean of `shape` [*stat_shape, d] 0, identity."""
         width = shape[-1]
         whitener = jnp.broadcast_to(jnp.eye(width, dtype=dtype), (*shape, width))
-        return Running(jnp.zeros(shape, dtype), whitener, jnp.zeros((), jnp.int32) if counted else None)
+        return Running(
+            jnp.zeros(shape, dtype), whitener, jnp.zeros((), jnp.int32) if counted else None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """Over which devices statistics are pooled: `axis_name` and `axis_index_groups` of `lax.psum`."""
+
+    axis_name: Any = None
+    axis_index_groups: Any = None
+
+
+LOCAL = Reduction()
 
 
 def statistics(
@@ -56,10 +70,12 @@ def statistics(
         mean, whitener, averaged = _fresh(batch_moments, running, spec)
     else:
         assert running.step is not None
+        fresh = functools.partial(_fresh, batch_moments, running, spec)
+        like = jax.eval_shape(fresh)
         mean, whitener, averaged = lax.cond(
             running.step % spec.freeze.period < spec.freeze.active_steps,
-            lambda: _fresh(batch_moments, running, spec),
-            lambda: _frozen(running),
+            fresh,
+            lambda: jax.tree.map(_varying_like, _frozen(running), like),
         )
     if running.step is not None:
         averaged = dataclasses.replace(averaged, step=running.step + 1)
@@ -93,3 +109,16 @@ def _fresh(batch_moments, running, spec):
 
 def _frozen(running):
     return lax.stop_gradient(running.mean), lax.stop_gradient(running.whitener), running
+
+
+def _varying_like(value, like):
+    """Mark a value that is equal on all devices of a `shard_map` as one that may differ, where `like` may."""
+    axes = tuple(_varying_axes(like) - _varying_axes(jax.typeof(value)))
+    return lax.pcast(value, axes, to="varying") if axes else value
+
+
+def _varying_axes(type_: Any) -> frozenset[str]:
+    # JAX renamed `vma` to `manual_axis_type` in 0.10.
+    if hasattr(type_, "manual_axis_type"):
+        return type_.manual_axis_type.varying
+    return getattr(type_, "vma", frozenset())

@@ -15,7 +15,9 @@ WHITEN = ("patches", "channels")
 class Root(Protocol):
     """An inverse square root of symmetric positive definite matrices [..., d, d]."""
 
-    def __call__(self, cov: jax.Array) -> jax.Array: ...
+    def __call__(self, cov: jax.Array) -> jax.Array:
+        """Return D ~ cov^(-1/2)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class NewtonSchulz:
         roots.check_num_iters(self.num_iters)
 
     def __call__(self, cov: jax.Array) -> jax.Array:
+        """Return the inverse square root after `num_iters` steps."""
         return roots.newton_schulz(cov, num_iters=self.num_iters)
 
 
@@ -41,6 +44,7 @@ class Eigh:
         roots.check_ridge(self.ridge)
 
     def __call__(self, cov: jax.Array) -> jax.Array:
+        """Return the exact inverse square root of `cov` with the ridge added."""
         return roots.eigh(cov, ridge=self.ridge)
 
 
