@@ -118,7 +118,7 @@ def _varying_like(value, like):
 
 
 def _varying_axes(type_: Any) -> frozenset[str]:
-    # JAX renamed `vma` to `manual_axis_type` in 0.10.
-    if hasattr(type_, "manual_axis_type"):
+    # JAX renamed `vma` to `manual_axis_type` in 0.10; either may be None outside of `shard_map`.
+    if getattr(type_, "manual_axis_type", None) is not None:
         return type_.manual_axis_type.varying
-    return getattr(type_, "vma", frozenset())
+    return getattr(type_, "vma", None) or frozenset()
