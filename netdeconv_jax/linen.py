@@ -5,6 +5,7 @@ statistics (not while initializing) and returns.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -224,9 +225,14 @@ class DeconvConv(_Deconvolved):
         )
         _check_input(x, min_ndim=geometry.ndim + 1)
         batch_shape = x.shape[: -geometry.ndim - 1]
-        flat = x.reshape(-1, *x.shape[-geometry.ndim - 1 :]) if len(batch_shape) != 1 else x
+        flat = x.reshape(math.prod(batch_shape), *x.shape[-geometry.ndim - 1 :])
         if mask is not None and len(batch_shape) != 1:
             mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(*flat.shape[:-1], 1)
+        if self.features % self.feature_group_count:
+            raise ValueError(
+                f"`features` must be divisible by `feature_group_count` {self.feature_group_count}, "
+                f"got {self.features}."
+            )
 
         groups = conv_groups(spec, x.shape[-1], geometry.taps, self.feature_group_count)
         shape = (*geometry.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
@@ -251,7 +257,7 @@ class DeconvConv(_Deconvolved):
         )
         if not use_running_average:
             store(running)
-        return y if len(batch_shape) == 1 else y.reshape(*batch_shape, *y.shape[1:])
+        return y.reshape(*batch_shape, *y.shape[1:])
 
 
 class DeconvDense(_Deconvolved):
@@ -397,12 +403,20 @@ class ChannelDeconv(_Whitened):
         Returns:
           An array of the shape of `x`.
         Raises:
-          ValueError: no channels, or `use_running_average` given twice or never.
+          ValueError: no channels, another block than initialized, or `use_running_average` given twice
+            or never.
           TypeError: `x` is not floating point.
         """
         use_running_average = self._merge_use_running_average(use_running_average)
         _check_input(x, min_ndim=2)
         block = self.effective_block(x.shape[-1])
+        if self.has_variable("batch_stats", "mean"):
+            have = jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
+            if have != (block,):
+                raise ValueError(
+                    f"`x` has {x.shape[-1]} channels, whitened {block} at a time, but this layer was "
+                    f"initialized for {have[0]} at a time."
+                )
         start = ChannelRunning.start(block, self._stats_dtype)
         mean = self.variable("batch_stats", "mean", lambda: start.whitened.mean)
         whitener = self.variable("batch_stats", "whitener", lambda: start.whitened.whitener)

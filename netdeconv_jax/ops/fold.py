@@ -35,7 +35,8 @@ def fold(
     Returns:
       A kernel of the same shape in `dtype`, and a bias [features] in the dtype of the statistics.
     Raises:
-      ValueError: the kernel has other columns than `groups`.
+      ValueError: the kernel has other columns than `groups`, or features that its feature groups do not
+        divide.
 
     Source: Ye et al. 2020, section 3.4; the original code multiplies the kernel in the same way.
 
@@ -54,6 +55,10 @@ def fold(
         raise ValueError(
             f"`kernel` of shape {kernel.shape} has {channels * taps} columns in a feature group, "
             f"`groups` has {columns}."
+        )
+    if features % groups.feature_groups:
+        raise ValueError(
+            f"`kernel` has {features} features, not divisible by {groups.feature_groups} feature groups."
         )
     own_taps = taps if columns == channels * taps else 1
     shared_taps, per_group = taps // own_taps, features // groups.feature_groups

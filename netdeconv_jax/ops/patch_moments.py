@@ -119,7 +119,7 @@ def _sampled_patches(x, mask, geometry, sampling_stride):
     padded = geometry.pad(x)
     taps = tap_slices(padded, geometry, strides)
     columns = jnp.stack(taps, axis=-1)  # (channel, tap) order, as the original flattens
-    columns = columns.reshape(*columns.shape[:-2], -1)
+    columns = columns.reshape(*columns.shape[:-2], x.shape[-1] * geometry.taps)
     if mask is None:
         return columns, None
     if mask.shape[1:-1] == (1,) * geometry.ndim:

@@ -1,0 +1,155 @@
+"""Bad input gets one clear line that names the argument and its value."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec
+
+X = jnp.ones((2, 8, 8, 4))
+
+BAD_SETTINGS = {
+    "block size 0": (ValueError, r"`block_size` .* got 0\.", {"block_size": 0}),
+    "block size -1": (ValueError, r"`block_size` .* got -1\.", {"block_size": -1}),
+    "block size float": (TypeError, r"`block_size` .* got 2\.5\.", {"block_size": 2.5}),
+    "no iterations": (ValueError, r"`num_iters` .* got 0\.", {"num_iters": 0}),
+    "float iterations": (TypeError, r"`num_iters` .* got 2\.0\.", {"num_iters": 2.0}),
+    "stride 0": (ValueError, r"`sampling_stride` .* got 0\.", {"sampling_stride": 0}),
+    "unknown method": (ValueError, r"`method` .* 'cholesky'", {"method": "cholesky"}),
+    "unknown grouping": (ValueError, r"`grouping` .* 'random'", {"grouping": "random"}),
+    "unknown whiten": (ValueError, r"`whiten` .* 'pixels'", {"whiten": "pixels"}),
+    "eps 0": (ValueError, r"`eps` .* got 0", {"eps": 0.0}),
+    "eps twice": (ValueError, r"`epsilon` .* 0\.1 and 0\.2", {"eps": 0.2, "epsilon": 0.1}),
+    "momentum 1": (ValueError, r"`momentum` .* got 1", {"momentum": 1.0}),
+    "iterations of eigh": (ValueError, r"`num_iters`=3", {"method": "eigh", "num_iters": 3}),
+    "freeze": (ValueError, r"`period` .* got 5", {"freeze_schedule": (10, 5)}),
+    "freeze nothing": (ValueError, r"`active_steps` .* got 0", {"freeze_schedule": (0, 5)}),
+    "freeze string": (TypeError, r"`freeze` .* 'always'", {"freeze_schedule": "always"}),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_bad_setting_is_refused_when_the_layer_is_made(name):
+    error, message, settings = BAD_SETTINGS[name]
+    with pytest.raises(error, match=message):
+        DeconvConv(8, (3, 3), **settings)
+
+
+def test_dense_and_channel_layers_refuse_bad_settings_too():
+    with pytest.raises(ValueError, match=r"`block_size` .* got 0"):
+        DeconvDense(8, block_size=0)
+    with pytest.raises(ValueError, match=r"`block_size` .* got 0"):
+        ChannelDeconv(block_size=0)
+
+
+def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():
+    with pytest.raises(TypeError, match=r"'blocksize'"):
+        WhiteningSpec(blocksize=3)
+    with pytest.raises(TypeError, match=r"`sampling` must be a strategy, got 3"):
+        WhiteningSpec(sampling=3)
+    with pytest.raises(TypeError, match=r"`root` must be a strategy, got 'eigh'"):
+        WhiteningSpec(root="eigh")
+
+
+BAD_CALLS = {
+    "wrong rank": (ValueError, r"`x` .*\(8, 4\)", DeconvConv(8, (3, 3)), X[0, 0]),
+    "zero channels": (ValueError, "`x` has no channels", DeconvConv(8, (3, 3)), X[..., :0]),
+    "zero features": (ValueError, "`x` has no channels", DeconvDense(8), X[..., :0]),
+    "feature groups": (
+        ValueError,
+        r"`feature_group_count` must divide the 4 input channels, got 3",
+        DeconvConv(9, (3, 3), feature_group_count=3),
+        X,
+    ),
+    "features by groups": (
+        ValueError,
+        r"`features` .* `feature_group_count` 2, got 7",
+        DeconvConv(7, (3, 3), feature_group_count=2),
+        X,
+    ),
+    "small input": (
+        ValueError,
+        r"`x` is smaller than the kernel: spatial shape \(8, 8\)",
+        DeconvConv(8, (9, 9), padding="VALID"),
+        X,
+    ),
+    "integers": (
+        TypeError,
+        "`x` must be floating point, got int32",
+        DeconvConv(8, (3, 3)),
+        X.astype("int32"),
+    ),
+    "integers to dense": (TypeError, "`x` .* got uint8", DeconvDense(8), X.astype("uint8")),
+    "integers to channel": (
+        TypeError,
+        "`x` .* got int32",
+        ChannelDeconv(block_size=2),
+        X.astype("int32"),
+    ),
+    "padding name": (ValueError, r"`padding` .* 'FULL'", DeconvConv(8, (3, 3), padding="FULL"), X),
+    "padding entries": (ValueError, r"`padding` .* \(1,\)", DeconvConv(8, (3, 3), padding=(1,)), X),
+    "causal 2d": (ValueError, r"`padding` 'CAUSAL'", DeconvConv(8, (3, 3), padding="CAUSAL"), X),
+    "strides": (ValueError, r"`strides` .* \(1, 0\)", DeconvConv(8, (3, 3), (1, 0)), X),
+    "stride entries": (ValueError, r"`strides` .* \(1,\)", DeconvConv(8, (3, 3), (1,)), X),
+    "empty kernel": (ValueError, "`kernel_size` .* got", DeconvConv(8, ()), X),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_bad_input_is_refused_with_the_argument_and_its_value(name):
+    error, message, layer, x = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        layer.init(jax.random.key(0), x, False)
+
+
+@pytest.mark.parametrize("layer", [DeconvConv(8, (3, 3)), DeconvDense(8)])
+def test_other_channels_than_the_kernels_are_refused(layer):
+    variables = layer.init(jax.random.key(0), X, True)
+    with pytest.raises(ValueError, match=r"`x` has 3 input channels .* initialized for 4"):
+        layer.apply(variables, X[..., :3], True)
+
+
+def test_other_channels_than_the_statistics_are_refused():
+    layer = ChannelDeconv(block_size=4)
+    variables = layer.init(jax.random.key(0), X, True)
+    with pytest.raises(ValueError, match=r"`x` has 3 channels, .* initialized for 4 at a time"):
+        layer.apply(variables, X[..., :3], True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **k: DeconvConv(8, (3, 3), **k),
+        lambda **k: DeconvDense(8, **k),
+        lambda **k: ChannelDeconv(block_size=2, **k),
+    ],
+)
+def test_use_running_average_is_given_exactly_once(make):
+    with pytest.raises(
+        ValueError, match=r"`use_running_average` .* neither; got None there and None"
+    ):
+        make().init(jax.random.key(0), X)
+    with pytest.raises(
+        ValueError, match=r"`use_running_average` .* both; got True there and False"
+    ):
+        make(use_running_average=True).init(jax.random.key(0), X, False)
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    layer = DeconvConv(8, (3, 3))
+    variables = layer.init(jax.random.key(0), X, True)
+    with pytest.raises(
+        ValueError, match=r"`mask` must be broadcastable to \(2, 8, 8, 1\), .* \(3, 1, 1, 1\)"
+    ):
+        layer.apply(variables, X, False, mask=jnp.ones((3, 1, 1, 1)), mutable=["batch_stats"])
+
+
+def test_an_empty_batch_can_be_evaluated_but_not_trained_on():
+    layer = DeconvConv(8, (3, 3))
+    variables = layer.init(jax.random.key(0), X, True)
+    y: Any = layer.apply(variables, X[:0], True)
+    assert y.shape == (0, 8, 8, 8)
+    with pytest.raises(ValueError, match=r"`x` has no samples"):
+        layer.apply(variables, X[:0], False, mutable=["batch_stats"])
