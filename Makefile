@@ -1,0 +1,45 @@
+# make demo | test | test-all | lint | format
+# Everything runs in .venv, which the first target that needs it makes. PYTHON=... picks the interpreter.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n auto
+
+.PHONY: demo test test-all lint format clean
+
+demo: .venv/train
+	$(BIN)/python -m train.main --config=configs/digits.py --workdir=runs/demo --compare
+
+test: .venv/test
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/test
+	$(PYTEST)
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/pip:
+	@test -n "$(PYTHON)" || { echo "netdeconv_jax needs Python 3.11 or newer; set PYTHON=/path/to/it."; exit 1; }
+	$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment: install its venv package."; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@touch $@
+
+.venv/train: .venv/pip pyproject.toml
+	@echo "Installing netdeconv_jax and what its trainer needs into .venv (a minute or two, once) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train]"
+	@touch $@
+
+.venv/test: .venv/train
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,test]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
