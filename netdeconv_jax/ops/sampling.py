@@ -42,13 +42,9 @@ def every_nth(
         return x[:, ::step], None
     pixels = x.shape[1]
     length = -(-pixels // step)
-    spare = [(0, 0), (0, length * step - pixels), *[(0, 0)] * (x.ndim - 2)]
-    folded = jnp.pad(x, spare).reshape(x.shape[0], length, step, *x.shape[2:])
-    rest = (1,) * (x.ndim - 2)
-    offset = offset[:, None, None]
-    chosen = np.arange(step).reshape(1, 1, step, *rest) == offset
-    picked = jnp.sum(jnp.where(chosen, folded, jnp.zeros((), x.dtype)), axis=2)
-    present = np.arange(length).reshape(1, length, *rest) * step + offset[:, 0] < pixels
+    place = np.arange(length).reshape(1, length, *[1] * (x.ndim - 2)) * step + offset[:, None]
+    picked = jnp.take_along_axis(x, jnp.asarray(place), axis=1, mode="fill", fill_value=0)
+    present = place < pixels
     if isinstance(present, np.ndarray) and present.all():
         return picked, None
     return picked, jnp.asarray(present, jnp.promote_types(jnp.float32, x.dtype))
