@@ -7,7 +7,7 @@ statistics (not while initializing) and returns.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ _default_kernel_init = nn.initializers.lecun_normal()
 class _Whitened(nn.Module):
     """What the layers of this file have in common: the settings, and where statistics come from."""
 
+    _defaults: ClassVar[WhiteningSpec]
+
     _: dataclasses.KW_ONLY
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -43,8 +45,8 @@ class _Whitened(nn.Module):
         super().__post_init__()
 
     def resolved_spec(self) -> WhiteningSpec:
-        """Return the settings as one `WhiteningSpec`: `spec` or the defaults, with keywords laid over."""
-        raise TypeError("A layer says what its defaults are.")
+        """Return `spec`, or the layer's defaults, with the keywords that were given laid over it."""
+        return (getattr(self, "spec", None) or self._defaults).replace(**self._overrides())
 
     def _overrides(self) -> dict[str, Any]:
         """The settings that were given as keywords, under the names of `WhiteningSpec.replace`."""
@@ -173,6 +175,8 @@ class DeconvConv(_Deconvolved):
       ((2, 16, 16, 8), (27, 27))
     """
 
+    _defaults: ClassVar = WhiteningSpec()
+
     features: int
     kernel_size: int | Sequence[int]
     strides: int | Sequence[int] | None = 1
@@ -185,10 +189,6 @@ class DeconvConv(_Deconvolved):
     sampling_stride: int | None = None
     whiten: str | None = None
     grouping: str | None = None
-
-    def resolved_spec(self) -> WhiteningSpec:
-        """Return `spec`, or the defaults, with the keywords that were given laid over it."""
-        return (self.spec or WhiteningSpec()).replace(**self._overrides())
 
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
@@ -207,7 +207,7 @@ class DeconvConv(_Deconvolved):
         """Whiten and convolve.
 
         Args:
-          x: [*batch, *spatial, channels]; several batch axes are merged, none is added, as in `nn.Conv`.
+          x: [*batch, *spatial, channels] with any number of batch axes, as in `nn.Conv`.
           use_running_average: see the attribute.
           mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1]; statistics ignore
             what weighs 0.
@@ -286,13 +286,11 @@ class DeconvDense(_Deconvolved):
       ((32, 10), (20,))
     """
 
+    _defaults: ClassVar = WhiteningSpec(grouping=Contiguous(512))
+
     features: int
     _: dataclasses.KW_ONLY
     dot_general: Callable[..., jax.Array] | None = None
-
-    def resolved_spec(self) -> WhiteningSpec:
-        """Return `spec`, or the defaults, with the keywords that were given laid over it."""
-        return (self.spec or WhiteningSpec(grouping=Contiguous(512))).replace(**self._overrides())
 
     def effective_block(self, features: int) -> int:
         """Return the features whitened together, of `features` input features."""
@@ -374,13 +372,11 @@ class ChannelDeconv(_Whitened):
       ((2, 8, 8, 10), (4, 4))
     """
 
+    _defaults: ClassVar = WhiteningSpec(eps=1e-2)
+
     _: dataclasses.KW_ONLY
     block_size: int
     sampling_stride: int | None = None
-
-    def resolved_spec(self) -> WhiteningSpec:
-        """Return the settings as a `WhiteningSpec`, defaults filled in."""
-        return WhiteningSpec(eps=1e-2).replace(**self._overrides())
 
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
