@@ -1,11 +1,11 @@
 """Network deconvolution for Flax Linen: used as `nn.Conv`, `nn.Dense` and `nn.BatchNorm` are.
 
 Every module here declares variables, calls the pure forward in `netdeconv_jax.whitening`, stores the running
-statistics (not while initializing) and returns.
+statistics (not while initializing) and returns. The file is long because every field is documented here, where
+users look; its code is short.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +16,13 @@ from flax.linen.dtypes import promote_dtype
 
 from netdeconv_jax import ops
 from netdeconv_jax.whitening.channel import ChannelRunning, channel_deconv
-from netdeconv_jax.whitening.conv import conv_groups, deconv_conv, deconv_dense, dense_groups
+from netdeconv_jax.whitening.conv import (
+    check_input,
+    conv_groups,
+    deconv_conv,
+    deconv_dense,
+    dense_groups,
+)
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running
 from netdeconv_jax.whitening.spec import Contiguous, Freeze, WhiteningSpec
 
@@ -223,25 +229,14 @@ class DeconvConv(_Deconvolved):
         geometry = ops.window(
             self.kernel_size, self.strides, self.padding, self.input_dilation, self.kernel_dilation
         )
-        _check_input(x, min_ndim=geometry.ndim + 1)
-        batch_shape = x.shape[: -geometry.ndim - 1]
-        flat = x.reshape(math.prod(batch_shape), *x.shape[-geometry.ndim - 1 :])
-        if mask is not None and len(batch_shape) != 1:
-            mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(*flat.shape[:-1], 1)
-        if self.features % self.feature_group_count:
-            raise ValueError(
-                f"`features` must be divisible by `feature_group_count` {self.feature_group_count}, "
-                f"got {self.features}."
-            )
-
+        check_input(x, min_ndim=geometry.ndim + 1)
         groups = conv_groups(spec, x.shape[-1], geometry.taps, self.feature_group_count)
         shape = (*geometry.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
         kernel, bias = self._declare_params(shape)
         running, store = self._declare_running(groups)
-        (promoted,) = self.promote_dtype(flat, kernel, bias, dtype=self.dtype)[:1]
-
+        promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, running = deconv_conv(
-            flat,
+            x,
             kernel,
             bias,
             running,
@@ -257,7 +252,7 @@ class DeconvConv(_Deconvolved):
         )
         if not use_running_average:
             store(running)
-        return y.reshape(*batch_shape, *y.shape[1:])
+        return y
 
 
 class DeconvDense(_Deconvolved):
@@ -319,10 +314,10 @@ class DeconvDense(_Deconvolved):
         """
         use_running_average = self._merge_use_running_average(use_running_average)
         spec = self.resolved_spec()
-        _check_input(x, min_ndim=1)
+        check_input(x, min_ndim=1)
         kernel, bias = self._declare_params((x.shape[-1], self.features))
         running, store = self._declare_running(dense_groups(spec, x.shape[-1]))
-        (promoted,) = self.promote_dtype(x, kernel, bias, dtype=self.dtype)[:1]
+        promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, running = deconv_dense(
             x,
             kernel,
@@ -404,7 +399,7 @@ class ChannelDeconv(_Whitened):
           TypeError: `x` is not floating point.
         """
         use_running_average = self._merge_use_running_average(use_running_average)
-        _check_input(x, min_ndim=2)
+        check_input(x, min_ndim=2)
         block = self.effective_block(x.shape[-1])
         if self.has_variable("batch_stats", "mean"):
             have = jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
@@ -436,14 +431,3 @@ class ChannelDeconv(_Whitened):
             step.value = running.whitened.step
             rest_mean.value, rest_var.value = running.rest_mean, running.rest_var
         return y
-
-
-def _check_input(x: jax.Array, *, min_ndim: int) -> None:
-    if x.ndim < min_ndim:
-        raise ValueError(
-            f"`x` must have at least {min_ndim} axes, channels last, got shape {x.shape}."
-        )
-    if x.shape[-1] == 0:
-        raise ValueError(f"`x` has no channels: shape {x.shape}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")

@@ -1,5 +1,6 @@
 """The deconvolved convolution and dense layer as pure functions of arrays."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from netdeconv_jax import ops
+from netdeconv_jax.ops.patch_moments import full_mask
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
 from netdeconv_jax.whitening.spec import WhiteningSpec
+
+
+def check_input(x: jax.Array, *, min_ndim: int) -> None:
+    """Raise unless `x` is floating point, has channels and at least `min_ndim` axes."""
+    if x.ndim < min_ndim:
+        raise ValueError(
+            f"`x` must have at least {min_ndim} axes, channels last, got shape {x.shape}."
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"`x` has no channels: shape {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")
 
 
 def conv_groups(
@@ -56,21 +70,34 @@ def deconv_conv(
     """Whiten the patches of `x` and convolve: one plain convolution with a folded kernel.
 
     Args:
-      x: [batch, *spatial, channels].
+      x: [*batch, *spatial, channels], with any number of batch axes.
       kernel: [*kernel_size, channels / feature_group_count, features].
       bias: [features] or None. The whitened mean is subtracted in either case.
       running: statistics so far, of `conv_groups(...).stat_shape`; its dtype is that of the statistics.
       geometry: of the convolution.
       spec, feature_group_count, use_running_average: as the layer's.
-      mask: see `ops.patch_moments`.
+      mask: weights >= 0, broadcastable to [*batch, *spatial, 1]; see `ops.patch_moments`.
       reduction: where statistics are pooled over a mapped axis.
       dtype: of the convolution; default that of `x` and `kernel` promoted.
       precision, conv_general_dilated: of the convolution alone; statistics run at HIGHEST.
     Returns:
-      y [batch, *out, features] in `dtype`, and the running statistics after this step.
+      y [*batch, *out, features] in `dtype`, and the running statistics after this step.
+    Raises:
+      ValueError: the channels or features do not fit the feature groups, or `x` is smaller than the kernel.
 
     Source: Ye et al. 2020, Algorithm 1 and section 3.4.
     """
+    if kernel.shape[-1] % feature_group_count:
+        raise ValueError(
+            f"`features` must be divisible by `feature_group_count` {feature_group_count}, "
+            f"got {kernel.shape[-1]}."
+        )
+    batch_shape = x.shape[: -geometry.ndim - 1]
+    if mask is not None and len(batch_shape) != 1:
+        mask = full_mask(mask, x)
+        mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
+        mask = mask.reshape(math.prod(batch_shape), *mask.shape[len(batch_shape) :])
+    x = x.reshape(math.prod(batch_shape), *x.shape[len(batch_shape) :])
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     groups = conv_groups(spec, x.shape[-1], geometry.taps, feature_group_count)
     mean, whitener, running = statistics(
@@ -96,7 +123,8 @@ def deconv_conv(
         precision=precision,
         conv_general_dilated=conv_general_dilated,
     )
-    return y + bias.astype(y.dtype), running
+    y = y + bias.astype(y.dtype)
+    return y.reshape(*batch_shape, *y.shape[1:]), running
 
 
 def deconv_dense(
