@@ -1,8 +1,8 @@
 """Network deconvolution for Flax Linen: used as `nn.Conv`, `nn.Dense` and `nn.BatchNorm` are.
 
 Every module here declares variables, calls the pure forward in `netdeconv_jax.whitening`, stores the running
-statistics (not while initializing) and returns. The file is long because every field is documented here, where
-users look; its code is short.
+statistics (not while initializing) and returns. The file is long because every field is documented here,
+where users look; its code is short.
 """
 
 import dataclasses
@@ -166,7 +166,7 @@ class DeconvConv(_Deconvolved):
       whiten: `"patches"` (pixels and channels) or `"channels"`.
       grouping: `"interleaved"` or `"contiguous"`.
       shared_whitener: one mean and whitener for all groups (True).
-      method: `"newton_schulz"` or `"eigh"`.
+      method: `"newton_schulz"`, `"chebyshev"` or `"eigh"`.
       freeze_schedule: `Freeze(active_steps, period)` or a pair of ints.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
@@ -351,7 +351,7 @@ class ChannelDeconv(_Whitened):
       momentum: share of the old running average (0.9).
       sampling_stride: statistics see one in `sampling_stride ** spatial axes` values (3); all of them
         where the feature map is smaller than the stride.
-      method: `"newton_schulz"` or `"eigh"`.
+      method: `"newton_schulz"`, `"chebyshev"` or `"eigh"`.
       dtype: of the result; default that of `x` and `param_dtype` promoted.
       param_dtype: statistics are kept in `promote_types(float32, param_dtype)`.
       use_running_average, axis_name, axis_index_groups: as `DeconvConv`.

@@ -11,7 +11,15 @@ from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec, ops
-from netdeconv_jax.whitening import Contiguous, Eigh, Freeze, Interleaved, NewtonSchulz, Stride
+from netdeconv_jax.whitening import (
+    Budget,
+    Contiguous,
+    Eigh,
+    Freeze,
+    Interleaved,
+    NewtonSchulz,
+    Stride,
+)
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
@@ -503,3 +511,36 @@ def test_covariance_and_root_run_at_highest_precision_whatever_the_layers():
     highest = jax.lax.Precision.HIGHEST
     assert len(found) == 1 + 12 + 2  # covariance, five iterations, fold
     assert set(found) == {(highest, highest)}
+
+
+# Cheaper statistics
+
+
+def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough():
+    x = normal((8, 24, 24, 4))
+    spec = WhiteningSpec(sampling=Budget(rows_per_dim=16))
+    # 36 dimensions want 576 rows: a stride of 3 gives 8 * 8 * 8 = 512, a stride of 2 gives 1152.
+    budget, by_hand = DeconvConv(4, (3, 3), spec=spec), DeconvConv(4, (3, 3), sampling_stride=2)
+    variables = start(budget, x)
+    jax.tree.map(
+        np.testing.assert_array_equal, train(budget, variables, x), train(by_hand, variables, x)
+    )
+    # What is there is not enough: everything is taken.
+    few, all_of_it = DeconvConv(4, (3, 3), spec=spec), DeconvConv(4, (3, 3), sampling_stride=1)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        train(few, variables, x[:1]),
+        train(all_of_it, variables, x[:1]),
+    )
+
+
+def test_the_fast_spec_trains_and_its_root_is_the_papers():
+    spec = WhiteningSpec.fast()
+    assert spec == WhiteningSpec(method="chebyshev", sampling=Budget(16), block_size=16)
+    x = normal((8, 12, 12, 32))
+    fast = DeconvConv(4, (3, 3), spec=spec)
+    slow = DeconvConv(4, (3, 3), spec=spec, method="newton_schulz")
+    variables = start(fast, x)
+    y, _ = train(fast, variables, x)
+    expected, _ = train(slow, variables, x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=3e-4 * np.abs(expected).max())

@@ -59,10 +59,9 @@ def patch_moments(
       (27, 27)
     """
     dtype = dtype or jnp.promote_types(jnp.float32, x.dtype)
-    pointwise = groups.feature_groups * groups.sets * groups.groups * groups.width == x.shape[-1]
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
-    if pointwise:
+    if _pointwise(groups, x.shape[-1]):
         step = math.prod(s * sampling_stride for s in geometry.strides)
         columns, weights = _sampled_pixels(x, mask, step, axis_name, axis_index_groups)
     else:
@@ -80,6 +79,34 @@ def patch_moments(
         result.mean.reshape(*shape, groups.width),
         result.cov.reshape(*shape, groups.width, groups.width),
     )
+
+
+def sampled_rows(
+    shape: tuple[int, ...], geometry: Window, groups: ColumnGroups, sampling_stride: int
+) -> int:
+    """Return how many rows the covariance of `patch_moments` is taken over, all pooled groups together.
+
+    Args:
+      shape: of `x`, [batch, *spatial, channels].
+      geometry, groups, sampling_stride: as `patch_moments`.
+
+    Source: ours.
+
+    Example:
+      >>> from netdeconv_jax import ops
+      >>> groups = ops.column_groups(channels=128, taps=9, block_size=64)
+      >>> ops.sampled_rows((32, 16, 16, 128), ops.window((3, 3)), groups, 3)
+      2304
+    """
+    strides = [s * sampling_stride for s in geometry.strides]
+    if _pointwise(groups, shape[-1]):
+        return -(-shape[0] * math.prod(shape[1:-1]) // math.prod(strides)) * groups.groups
+    out = geometry.out_shape(shape[1:-1], strides)
+    return shape[0] * math.prod(out) * groups.groups
+
+
+def _pointwise(groups: ColumnGroups, channels: int) -> bool:
+    return groups.feature_groups * groups.sets * groups.groups * groups.width == channels
 
 
 def flat_position(batch: int, axis_name: AxisName | None, axis_index_groups: Any) -> Any:

@@ -78,6 +78,22 @@ class Window:
                 )
         return pads
 
+    def out_shape(self, spatial: tuple[int, ...], strides: Sequence[int]) -> tuple[int, ...]:
+        """Return how many windows, `strides` apart, an unpadded input of that spatial shape holds."""
+        if self.padding in _WRAP_MODES:
+            spatial = tuple(n + k - 1 for n, k in zip(spatial, self._dilated_kernel, strict=True))
+        sizes = zip(
+            spatial,
+            self.input_dilation,
+            self.zero_padding(spatial),
+            self._dilated_kernel,
+            strides,
+            strict=True,
+        )
+        return tuple(
+            ((n - 1) * d + 1 + low + high - k) // s + 1 for n, d, (low, high), k, s in sizes
+        )
+
     def pad(self, x: jax.Array, value: float = 0) -> jax.Array:
         """Pad and dilate `x` [batch, *spatial, channels] so that `"VALID"` windows are all that is left."""
         x = self.wrap(x)

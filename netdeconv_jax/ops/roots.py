@@ -12,36 +12,6 @@ from jax import lax
 
 _HIGHEST = lax.Precision.HIGHEST
 
-METHODS = ("newton_schulz", "eigh")
-
-
-def inverse_sqrt(cov: jax.Array, *, method: str = "newton_schulz", num_iters: int = 5) -> jax.Array:
-    """Return the inverse square root of symmetric positive semi-definite matrices.
-
-    Args:
-      cov: symmetric positive semi-definite, shape [..., d, d], floating point.
-      method: `"newton_schulz"`, the paper's truncated iteration, or `"eigh"`, the exact root.
-      num_iters: static int >= 1; iterations of `"newton_schulz"`, of no meaning to `"eigh"`.
-    Returns:
-      [..., d, d] in `promote_types(float32, cov.dtype)`, computed at HIGHEST matmul precision.
-    Raises:
-      ValueError: `cov` is not square, `method` is unknown, or `num_iters` < 1.
-      TypeError: `cov` is not floating point, or `num_iters` not an int.
-
-    Source: Ye et al. 2020, section 3.5 and Algorithm 1, line 8.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from netdeconv_jax import ops
-      >>> ops.inverse_sqrt(jnp.diag(jnp.array([4.0, 1.0])), method="eigh").round(4).tolist()
-      [[0.5, 0.0], [0.0, 1.0]]
-    """
-    if method == "newton_schulz":
-        return newton_schulz(cov, num_iters=num_iters)
-    if method == "eigh":
-        return eigh(cov)
-    raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
-
 
 def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
     """Return the coupled Newton-Schulz (Denman-Beavers) inverse square root, `num_iters` steps of it.
@@ -69,9 +39,9 @@ def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
       [[0.5]]
     """
     check_num_iters(num_iters)
-    cov = _check_square(cov)
+    cov = check_square(cov)
     eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
-    norm = _frobenius_norm(cov)[..., None, None]
+    norm = frobenius_norm(cov)[..., None, None]
     y, z = cov / norm, None
     for step in range(num_iters):
         t = 1.5 * eye - 0.5 * (y if z is None else _matmul(z, y))
@@ -107,9 +77,9 @@ def eigh(cov: jax.Array, *, ridge: float = 0.0) -> jax.Array:
       [[0.5, 0.0], [0.0, 0.5]]
     """
     check_ridge(ridge)
-    cov = _check_square(cov)
+    cov = check_square(cov)
     if ridge:
-        cov = cov + ridge * _frobenius_norm(cov)[..., None, None] * jnp.eye(
+        cov = cov + ridge * frobenius_norm(cov)[..., None, None] * jnp.eye(
             cov.shape[-1], dtype=cov.dtype
         )
     return _eigh_inverse_sqrt(cov)
@@ -129,7 +99,8 @@ def check_ridge(ridge: float) -> None:
         raise ValueError(f"`ridge` must be at least 0, got {ridge}.")
 
 
-def _check_square(cov: jax.Array) -> jax.Array:
+def check_square(cov: jax.Array) -> jax.Array:
+    """Return `cov` in float32 at least, once it is known to be [..., d, d] and floating point."""
     cov = jnp.asarray(cov)
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2] or cov.shape[-1] == 0:
         raise ValueError(f"`cov` must be square, of shape [..., d, d], got {cov.shape}.")
@@ -142,7 +113,7 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 
-def _frobenius_norm(a: jax.Array) -> jax.Array:
+def frobenius_norm(a: jax.Array) -> jax.Array:
     """Norm over the last two axes; 1 for an all-zero matrix, and no overflow where entries pass 1e19.
 
     The scale is a constant to differentiation: rightly, since scale * ||a / scale|| does not depend on it.

@@ -1,6 +1,8 @@
 """How to whiten (`WhiteningSpec`) and one pure forward per kind of layer, shared by every Flax API."""
 
 from netdeconv_jax.whitening.spec import (
+    Budget,
+    Chebyshev,
     Contiguous,
     Eigh,
     Freeze,
@@ -11,6 +13,8 @@ from netdeconv_jax.whitening.spec import (
 )
 
 __all__ = [
+    "Budget",
+    "Chebyshev",
     "Contiguous",
     "Eigh",
     "Freeze",

@@ -74,7 +74,13 @@ def channel_deconv(
         mean, whitener = running.whitened.mean, running.whitened.whitener
         rest_mean, rest_var = running.rest_mean, running.rest_var
     else:
-        step = _sampling_step(x.shape[1:-1], spec.sampling.stride)
+        spatial, rows = x.shape[1:-1], reduction.devices() * math.prod(grouped.shape) // block
+        stride = spec.sampling.choose(
+            lambda stride: rows // _sampling_step(spatial, stride),
+            block,
+            largest=max(spatial, default=1),
+        )
+        step = _sampling_step(spatial, stride)
         stats = running.whitened.mean.dtype
         if mask is not None:
             mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(len(x), -1)

@@ -100,12 +100,18 @@ def deconv_conv(
     x = x.reshape(math.prod(batch_shape), *x.shape[len(batch_shape) :])
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     groups = conv_groups(spec, x.shape[-1], geometry.taps, feature_group_count)
+    devices = reduction.devices() if not use_running_average else 1
+    sampling_stride = spec.sampling.choose(
+        lambda stride: devices * ops.sampled_rows(x.shape, geometry, groups, stride),
+        groups.width,
+        largest=max(x.shape[1:-1]),
+    )
     mean, whitener, running = statistics(
         lambda: ops.patch_moments(
             x,
             geometry,
             groups,
-            sampling_stride=spec.sampling.stride,
+            sampling_stride=sampling_stride,
             mask=mask,
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,

@@ -45,6 +45,14 @@ class Reduction:
     axis_name: Any = None
     axis_index_groups: Any = None
 
+    def devices(self) -> int:
+        """Return how many devices' samples are pooled."""
+        if self.axis_name is None:
+            return 1
+        if self.axis_index_groups is not None:
+            return len(self.axis_index_groups[0])
+        return lax.axis_size(self.axis_name)
+
 
 LOCAL = Reduction()
 
