@@ -1,12 +1,12 @@
 """Pure functions of network deconvolution: arrays in, arrays out, on jax and numpy alone."""
 
-from netdeconv_jax.ops.polynomial import chebyshev
 from netdeconv_jax.ops.fold import fold
 from netdeconv_jax.ops.grouping import ColumnGroups, column_groups, effective_block
 from netdeconv_jax.ops.inverse_sqrt import inverse_sqrt
 from netdeconv_jax.ops.moments import Moments, moments
 from netdeconv_jax.ops.patch_moments import patch_moments, sampled_rows
 from netdeconv_jax.ops.patches import Padding, Window, extract_patches, window
+from netdeconv_jax.ops.polynomial import chebyshev
 from netdeconv_jax.ops.roots import eigh, newton_schulz
 from netdeconv_jax.ops.sampling import every_nth
 
