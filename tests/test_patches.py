@@ -138,8 +138,7 @@ def test_the_window_runs_the_convolution_that_it_is_given():
 XLA_KNOWS = [
     name
     for name, (*_, padding, input_dilation, _) in GEOMETRIES.items()
-    if not isinstance(padding, str)
-    or (padding in ("SAME", "VALID") and set(input_dilation) == {1})
+    if not isinstance(padding, str) or (padding in ("SAME", "VALID") and set(input_dilation) == {1})
 ]
 
 
