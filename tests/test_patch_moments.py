@@ -34,6 +34,12 @@ def case(
     return locals()
 
 
+def in_the_quick_run(names, quick):
+    """All names, those that are not in `quick` marked `slow`: most of their time is compilation."""
+    assert set(quick) <= set(names)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 CASES = {
     "one group": case(),
     "two groups": case(block_size=2),
@@ -205,7 +211,10 @@ def test_a_patch_weighs_as_much_as_the_least_of_its_pixels(x64, name):
     assert_moments(found, explicitly(CASES[name], x, mask), 1e-13)
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    "name",
+    in_the_quick_run(MASKED, ["two groups", "asymmetric pairs", "1x1, rows do not divide"]),
+)
 def test_a_mask_of_whole_samples_weighs_all_their_patches(x64, name):
     x = data(CASES[name] | {"batch": 4})
     weights = np.array([2.0, 0.0, 1.0, 0.5])
@@ -325,7 +334,10 @@ def expected_of(name, x, mask):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", DEVICE_CASES)
+@pytest.mark.parametrize(
+    "name",
+    in_the_quick_run(DEVICE_CASES, ["patches", "per group", "1x1, step 9, 25 pixels"]),
+)
 def test_devices_under_pmap_hold_the_statistics_of_the_whole_batch(name, masked):
     x, mask = sharded_inputs(name, masked=masked)
     args = [by_device(a) for a in (x, mask) if a is not None]
@@ -336,7 +348,13 @@ def test_devices_under_pmap_hold_the_statistics_of_the_whole_batch(name, masked)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", DEVICE_CASES)
+@pytest.mark.parametrize(
+    "name",
+    in_the_quick_run(
+        DEVICE_CASES,
+        ["patches", "channels", "1x1, step 9, 49 pixels of one image", "1x1, step 16, 12 pixels"],
+    ),
+)
 def test_shards_under_shard_map_hold_the_statistics_of_the_whole_batch(name, masked):
     x, mask = sharded_inputs(name, masked=masked)
     args = [a for a in (x, mask) if a is not None]
