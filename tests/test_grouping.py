@@ -1,5 +1,7 @@
 """Columns of the patch matrix and the groups that are whitened together."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from netdeconv_jax import ops
 
 SHAPES = [(4, 9, 64), (4, 9, 2), (6, 4, 4), (6, 1, 3), (5, 9, 4), (1, 1, 1), (12, 3, 8), (3, 5, 1)]
+NOT_AN_INT: Any = 2.5
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,8 @@ def test_the_effective_block_is_the_greatest_divisor_of_both_for_all_small_count
 
 
 def test_a_numpy_integer_is_a_block_size():
-    assert ops.effective_block(96, np.int64(64)) == 32
+    block_size: Any = np.int64(64)
+    assert ops.effective_block(96, block_size) == 32
 
 
 @pytest.mark.parametrize("kind", ["interleaved", "contiguous"])
@@ -127,7 +131,7 @@ def test_a_division_is_hashable_so_that_jit_can_take_it_as_static():
     [
         (lambda: ops.effective_block(8, 0), ValueError, ["`block_size`", "0"]),
         (lambda: ops.effective_block(8, -3), ValueError, ["`block_size`", "-3"]),
-        (lambda: ops.effective_block(8, 2.5), TypeError, ["`block_size`", "2.5"]),
+        (lambda: ops.effective_block(8, NOT_AN_INT), TypeError, ["`block_size`", "2.5"]),
         (lambda: ops.effective_block(8, True), TypeError, ["`block_size`", "True"]),
         (lambda: ops.effective_block(0, 8), ValueError, ["`channels`", "0"]),
         (lambda: ops.column_groups(8, 9, 0), ValueError, ["`block_size`", "0"]),

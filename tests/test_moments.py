@@ -114,12 +114,13 @@ def test_moments_of_nothing_are_zero_and_finite():
 @pytest.mark.parametrize("masked", [False, True])
 def test_any_axes_hold_the_samples_and_the_others_lead(x64, axes, masked):
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
-    weights = np.random.default_rng(1).integers(0, 3, (2, 3, 4)) / 2 + 0.25 if masked else None
+    drawn = np.random.default_rng(1).integers(0, 3, (2, 3, 4)) / 2 + 0.25
+    weights = jnp.asarray(drawn) if masked else None
     found = ops.moments(jnp.asarray(x), weights, axes=axes)
     lead = [axis for axis in range(3) if axis not in axes]
     shape = tuple(x.shape[axis] for axis in lead)
     rows = np.transpose(x, (*lead, *sorted(axes), 3)).reshape(*shape, -1, 5)
-    spread = np.ones(x.shape[:-1]) if weights is None else weights
+    spread = drawn if masked else np.ones(x.shape[:-1])
     spread = np.transpose(spread, (*lead, *sorted(axes))).reshape(*shape, -1)
     assert found.mean.shape == (*shape, 5)
     assert found.cov.shape == (*shape, 5, 5)
@@ -165,7 +166,9 @@ def test_samples_of_weight_zero_may_be_anything_also_in_the_gradient(hole):
 
     clean = ops.moments(jnp.asarray(x[weights > 0]))
     assert_moments(
-        ops.moments(jnp.asarray(broken), weights), (clean.count, clean.mean, clean.cov), 1e-6
+        ops.moments(jnp.asarray(broken), jnp.asarray(weights)),
+        (clean.count, clean.mean, clean.cov),
+        1e-6,
     )
     gradient = jax.jit(jax.grad(value, (0, 1)))
     dx, dw = gradient(jnp.asarray(broken), weights)
@@ -390,7 +393,7 @@ def test_the_gradient_through_the_sum_over_devices_is_that_of_the_whole(x64):
             )
         )
 
-    whole = jax.jit(jax.grad(lambda x: value(ops.moments(x, weights))))(x)
+    whole = jax.jit(jax.grad(lambda x: value(weighted_moments(x, weights))))(x)
     np.testing.assert_allclose(jax.jit(jax.grad(over_devices))(x), whole, rtol=0, atol=1e-13)
 
 

@@ -1,6 +1,7 @@
 """Moments of the patches of a convolution, against an explicit patch matrix, grouping and sampling."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def case(
     *,
     batch=2,
     strides=None,
-    padding="SAME",
+    padding: ops.Padding = "SAME",
     input_dilation=None,
     kernel_dilation=None,
     sampling_stride=1,
@@ -30,7 +31,7 @@ def case(
     shared=True,
     feature_groups=1,
     whiten="patches",
-):
+) -> dict[str, Any]:
     return locals()
 
 
@@ -240,7 +241,7 @@ def test_a_mask_of_whole_samples_weighs_all_their_patches(x64, name):
     ],
 )
 def test_masked_samples_are_as_if_they_were_not_there(x64, name):
-    case = CASES[name] | {"batch": 4}
+    case: dict[str, Any] = CASES[name] | {"batch": 4}
     if case["whiten"] == "channels" or set(case["kernel_size"]) == {1}:  # else rows shift
         step = case["sampling_stride"] ** len(case["spatial"])
         assert np.prod(case["spatial"]) % step == 0

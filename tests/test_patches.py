@@ -116,7 +116,7 @@ def test_the_window_convolves_as_it_cuts_patches(name):
 
 
 def test_the_window_convolves_feature_groups_apart():
-    x, kernel = values((2, 5, 5, 4)), values((3, 3, 2, 6), seed=1)
+    x, kernel = map(jnp.asarray, (values((2, 5, 5, 4)), values((3, 3, 2, 6), seed=1)))
     ours = ops.window((3, 3)).convolve(x, kernel, feature_group_count=2)
     halves = [
         ops.window((3, 3)).convolve(x[..., 2 * g : 2 * g + 2], kernel[..., 3 * g : 3 * g + 3])
@@ -129,7 +129,7 @@ def test_the_window_runs_the_convolution_that_it_is_given():
     def negated(*args, **options):
         return -lax.conv_general_dilated(*args, **options)
 
-    x, kernel = values((2, 5, 5, 4)), values((3, 3, 4, 6), seed=1)
+    x, kernel = map(jnp.asarray, (values((2, 5, 5, 4)), values((3, 3, 4, 6), seed=1)))
     plain = ops.window((3, 3)).convolve(x, kernel)
     ours = ops.window((3, 3)).convolve(x, kernel, conv_general_dilated=negated)
     np.testing.assert_array_equal(ours, -plain)

@@ -1,6 +1,7 @@
 """Inverse square roots against NumPy, the scalar recursion on the eigenvalues, and their own laws."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -339,6 +340,7 @@ def test_one_by_one_is_the_reciprocal_square_root():
 
 
 EYE = jnp.eye(2)
+NOT_AN_INT: Any = 2.0
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ EYE = jnp.eye(2)
         (lambda: ops.inverse_sqrt(EYE, method="cholesky"), ValueError, ["`method`", "cholesky"]),
         (lambda: ops.inverse_sqrt(EYE, num_iters=0), ValueError, ["`num_iters`", "0"]),
         (lambda: ops.newton_schulz(EYE, num_iters=-1), ValueError, ["`num_iters`", "-1"]),
-        (lambda: ops.newton_schulz(EYE, num_iters=2.0), TypeError, ["`num_iters`", "2.0"]),
+        (lambda: ops.newton_schulz(EYE, num_iters=NOT_AN_INT), TypeError, ["`num_iters`", "2.0"]),
         (lambda: ops.newton_schulz(EYE, num_iters=True), TypeError, ["`num_iters`", "True"]),
         (lambda: ops.newton_schulz(jnp.ones((2, 3))), ValueError, ["`cov`", "(2, 3)"]),
         (lambda: ops.newton_schulz(jnp.ones(3)), ValueError, ["`cov`", "(3,)"]),
