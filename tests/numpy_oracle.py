@@ -79,7 +79,10 @@ def columns(patches, ndim):
 
 
 def patch_weights(mask, geometry):
-    """[batch, *out]: the least weight among the pixels that a patch touches; mask [batch, *spatial]."""
+    """[batch, *out]: the least weight among the pixels that a patch touches; mask [batch, *spatial].
+
+    Every patch must touch one: what a window of padding alone weighs is not defined.
+    """
     spatial = mask.shape[1:]
     out = [len(geometry.table(axis, n)) for axis, n in enumerate(spatial)]
     touched = {}
@@ -87,10 +90,9 @@ def patch_weights(mask, geometry):
         touched.setdefault(o, [])
         if pixel is not None:
             touched[o].append(mask[(slice(None), *pixel)])
-    weights = np.ones((len(mask), *out))
+    weights = np.zeros((len(mask), *out))
     for o, seen in touched.items():
-        if seen:
-            weights[(slice(None), *o)] = np.min(seen, axis=0)
+        weights[(slice(None), *o)] = np.min(seen, axis=0)
     return weights
 
 

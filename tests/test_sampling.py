@@ -98,6 +98,7 @@ def test_trailing_axes_come_along_and_may_have_phases_of_their_own():
     x = numbered(2, 30).reshape(2, 5, 3, 2)
     phase = np.array([[0, 1, 2]])[..., None]  # one for each of the three kinds
     pixels, weights = ops.every_nth(jnp.asarray(x), 3, phase)
+    assert weights is not None
     weights = np.broadcast_to(weights, pixels.shape)
     assert pixels.shape == (2, 2, 3, 2)
     for kind in range(3):

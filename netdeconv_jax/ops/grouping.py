@@ -53,6 +53,15 @@ class ColumnGroups:
       sets: of groups in a feature group; each set has a mean and a whitener of its own.
       groups: in a set; they are pooled as samples and share its mean and whitener.
       width: columns in a group, the side of the whitener.
+
+    Source: the original code for `"interleaved"`, Ye et al. 2020, section 3.5, for `"contiguous"`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> groups = ops.column_groups(channels=4, taps=1, block_size=2)
+      >>> groups.split(jnp.arange(4)).reshape(2, 2).tolist()
+      [[0, 2], [1, 3]]
     """
 
     kind: str
@@ -115,8 +124,9 @@ def column_groups(
       576
     """
     check_kind(kind)
-    if feature_group_count < 1:
-        raise ValueError(f"`feature_group_count` must be at least 1, got {feature_group_count}.")
+    for name, count in {"taps": taps, "feature_group_count": feature_group_count}.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
     if channels % feature_group_count:
         raise ValueError(
             f"`feature_group_count` must divide the {channels} input channels, got {feature_group_count}."

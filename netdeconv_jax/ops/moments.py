@@ -43,7 +43,7 @@ class Moments:
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of samples together."""
         count = self.count + other.count
-        share = (other.count / _at_least_one_sample(count))[..., None]
+        share = _beside(other.count / _at_least_one_sample(count), self.mean)
         shift = other.mean - self.mean
         mean = self.mean + shift * share
         between = (share * (1 - share))[..., None] * _outer(shift)
@@ -57,7 +57,7 @@ class Moments:
             return lax.psum(value, axis_name, axis_index_groups=axis_index_groups)
 
         count = total(self.count)
-        share = (self.count / _at_least_one_sample(count))[..., None]
+        share = _beside(self.count / _at_least_one_sample(count), self.mean)
         mean = total(self.mean * share)
         # About the common mean, so that nothing cancels: two reductions, the first of them small.
         cov = total(share[..., None] * (self.cov + _outer(self.mean - mean)))
@@ -136,6 +136,11 @@ def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def _outer(v: jax.Array) -> jax.Array:
     return v[..., :, None] * v[..., None, :]
+
+
+def _beside(value: jax.Array, mean: jax.Array) -> jax.Array:
+    """`value`, one for all sets or one for each, with the rank of `mean` [..., d]."""
+    return value.reshape(value.shape or (1,) * (mean.ndim - 1))[..., None]
 
 
 def _at_least_one_sample(count: jax.Array) -> jax.Array:

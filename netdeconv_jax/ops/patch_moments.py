@@ -47,7 +47,7 @@ def patch_moments(
     Returns:
       `Moments` with leading axes `groups.stat_shape`.
     Raises:
-      ValueError: the input is smaller than the kernel, or has no samples.
+      ValueError: the input is smaller than the kernel or has no samples, or `sampling_stride` < 1.
 
     Source: the original FastDeconv. `mask` and pooling over devices are ours.
 
@@ -59,6 +59,8 @@ def patch_moments(
       (27, 27)
     """
     dtype = dtype or jnp.promote_types(jnp.float32, x.dtype)
+    if sampling_stride < 1:
+        raise ValueError(f"`sampling_stride` must be at least 1, got {sampling_stride}.")
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
     if _pointwise(groups, x.shape[-1]):
@@ -74,8 +76,9 @@ def patch_moments(
     if axis_name is not None:
         result = result.psum(axis_name, axis_index_groups)
     shape = groups.stat_shape
+    count = result.count.reshape(shape) if result.count.ndim else result.count
     return Moments(
-        result.count.reshape(shape) if result.count.size == math.prod(shape) else result.count,
+        jnp.broadcast_to(count, shape),
         result.mean.reshape(*shape, groups.width),
         result.cov.reshape(*shape, groups.width, groups.width),
     )
@@ -154,9 +157,9 @@ def _sampled_patches(x, mask, geometry, sampling_stride):
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
     touched = tap_slices(geometry.pad(mask, value=jnp.inf), geometry, strides)
     least = jnp.min(jnp.stack(touched), axis=0)
-    return columns, jnp.where(jnp.isinf(least), 1, least)[
-        ..., 0
-    ]  # a window of padding alone counts
+    # A window of padding alone weighs as much as the heaviest pixel of its image.
+    heaviest = jnp.max(mask, axis=tuple(range(1, mask.ndim)), keepdims=True)
+    return columns, jnp.where(jnp.isinf(least), heaviest, least)[..., 0]
 
 
 def full_mask(mask: jax.Array, x: jax.Array) -> jax.Array:

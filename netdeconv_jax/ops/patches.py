@@ -27,6 +27,14 @@ class Window:
     Attributes:
       kernel_size, strides, input_dilation, kernel_dilation: tuples of ints >= 1.
       padding: one of nn.Conv's names, or a tuple of (low, high) pairs.
+
+    Source: the geometry of flax.linen.Conv.
+
+    Example:
+      >>> from netdeconv_jax import ops
+      >>> window = ops.window((3, 3), strides=2)
+      >>> window.taps, window.zero_padding((8, 8))
+      (9, [(0, 1), (0, 1)])
     """
 
     kernel_size: tuple[int, ...]

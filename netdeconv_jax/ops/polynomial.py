@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from netdeconv_jax.ops.roots import check_num_iters, check_square, frobenius_norm, newton_schulz
+from netdeconv_jax.ops.roots import (
+    check_num_iters,
+    check_square,
+    frobenius_norm,
+    identity_like,
+    newton_schulz,
+)
 
 # The most that each number of products can reach, 2 to 12 of them; and the block of powers that reaches it.
 _DEGREES = {4: 2, 6: 3, 9: 3, 12: 4, 16: 4, 20: 5, 25: 5, 30: 6, 36: 6, 42: 7, 49: 7}
@@ -53,7 +59,7 @@ def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.A
     if coefficients is None:
         return newton_schulz(cov, num_iters=num_iters)
     norm = frobenius_norm(cov)[..., None, None]
-    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+    eye = identity_like(cov)
     x = (2 / norm) * cov - eye
     return _evaluate(x, eye, coefficients) / jnp.sqrt(norm)
 

@@ -40,7 +40,7 @@ def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
     """
     check_num_iters(num_iters)
     cov = check_square(cov)
-    eye = jnp.eye(cov.shape[-1], dtype=cov.dtype)
+    eye = identity_like(cov)
     norm = frobenius_norm(cov)[..., None, None]
     y, z = cov / norm, None
     for step in range(num_iters):
@@ -57,7 +57,7 @@ def eigh(cov: jax.Array, *, ridge: float = 0.0) -> jax.Array:
 
     Differentiable to every order, also where eigenvalues repeat (there the derivative of an
     eigendecomposition is infinite): the derivative goes through the Sylvester equation `S dS + dS S = dA`
-    of the root S. Eigenvalues below rounding, `d eps max(eig)`, are raised to it.
+    of the root S. Eigenvalues below rounding, `d eps max(eig)`, are raised to it; all zeros to `d eps`.
 
     Args:
       cov: symmetric positive semi-definite, shape [..., d, d], floating point.
@@ -79,9 +79,7 @@ def eigh(cov: jax.Array, *, ridge: float = 0.0) -> jax.Array:
     check_ridge(ridge)
     cov = check_square(cov)
     if ridge:
-        cov = cov + ridge * frobenius_norm(cov)[..., None, None] * jnp.eye(
-            cov.shape[-1], dtype=cov.dtype
-        )
+        cov = cov + ridge * frobenius_norm(cov)[..., None, None] * identity_like(cov)
     return _eigh_inverse_sqrt(cov)
 
 
@@ -107,6 +105,11 @@ def check_square(cov: jax.Array) -> jax.Array:
     if not jnp.issubdtype(cov.dtype, jnp.floating):
         raise TypeError(f"`cov` must be floating point, got {cov.dtype}.")
     return cov.astype(jnp.promote_types(jnp.float32, cov.dtype))
+
+
+def identity_like(a: jax.Array) -> jax.Array:
+    """Return identities of the shape [..., d, d] and dtype of `a`."""
+    return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -157,6 +160,6 @@ def _solve_sylvester(root: jax.Array, b: jax.Array) -> jax.Array:
 
 def _eigh_floored(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     values, vectors = jnp.linalg.eigh(a)
-    info = jnp.finfo(a.dtype)
-    rounding = a.shape[-1] * info.eps * jnp.max(values, axis=-1, keepdims=True)
-    return jnp.maximum(values, jnp.maximum(rounding, info.tiny)), vectors
+    largest = jnp.max(values, axis=-1, keepdims=True)
+    rounding = a.shape[-1] * jnp.finfo(a.dtype).eps * jnp.where(largest > 0, largest, 1)
+    return jnp.maximum(values, rounding), vectors

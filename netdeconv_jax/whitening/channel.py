@@ -93,9 +93,13 @@ def channel_deconv(
             )
         running = _averaged(running, whole_moments, whitener, rest_mean, rest_var, spec.momentum)
 
-    y = jnp.swapaxes(grouped.astype(mean.dtype), -1, -2) - mean
-    y = jnp.matmul(y.astype(dtype), whitener.astype(dtype), precision=lax.Precision.HIGHEST)
-    y = jnp.swapaxes(y, -1, -2).reshape(*x.shape[:-1], whole)
+    y = grouped.astype(mean.dtype) - mean.reshape((1,) * (x.ndim - 1) + (block, 1))
+    y = jnp.einsum(
+        "...ig,ij->...jg",
+        y.astype(dtype),
+        whitener.astype(dtype),
+        precision=lax.Precision.HIGHEST,
+    ).reshape(*x.shape[:-1], whole)
     if whole < channels:
         left = (rest.astype(mean.dtype) - rest_mean) * lax.rsqrt(rest_var + spec.eps)
         y = jnp.concatenate([y, left.astype(dtype)], axis=-1)
@@ -111,9 +115,8 @@ def _grouped_moments(x, mask, step, reduction, dtype):
     """Moments of x [batch, *spatial, d, groups]: every `step`-th sample in (group, batch, pixel) order."""
     batch, pixels = x.shape[0], math.prod(x.shape[1:-2])
     index, total = flat_position(batch, reduction.axis_name, reduction.axis_index_groups)
-    image = (
-        index[:, None] + np.arange(x.shape[-1]) * total
-    )  # [batch, groups], counted over all groups
+    # [batch, groups]: the images of all groups are counted through.
+    image = index[:, None] + np.arange(x.shape[-1])[None] * total
     x = jnp.swapaxes(x, -1, -2).reshape(batch, pixels, x.shape[-1], x.shape[-2])
     return _thinned_moments(x, mask, step, image % step * (pixels % step), reduction, dtype)
 

@@ -129,7 +129,7 @@ def deconv_conv(
         precision=precision,
         conv_general_dilated=conv_general_dilated,
     )
-    y = y + bias.astype(y.dtype)
+    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
     return y.reshape(*batch_shape, *y.shape[1:]), running
 
 
@@ -185,4 +185,4 @@ def deconv_dense(
     y = (dot_general or lax.dot_general)(
         x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision
     )
-    return y + bias.astype(y.dtype), running
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape), running

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from netdeconv_jax.ops import Moments
+from netdeconv_jax.ops.roots import identity_like
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
 
@@ -92,8 +93,7 @@ def statistics(
 
 def whitener_of(moments: Moments, spec: WhiteningSpec) -> jax.Array:
     """Return D ~ (cov + eps I)^(-1/2) as `spec.root` takes it."""
-    eye = jnp.eye(moments.cov.shape[-1], dtype=moments.cov.dtype)
-    return spec.root(moments.cov + spec.eps * eye)
+    return spec.root(moments.cov + spec.eps * identity_like(moments.cov))
 
 
 def averaged_if_any(

@@ -24,7 +24,15 @@ class Root(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz:
-    """The paper's truncated iteration: `ops.newton_schulz`."""
+    """The paper's truncated iteration: `ops.newton_schulz`.
+
+    Source: Ye et al. 2020, section 3.5.
+
+    Example:
+      >>> from netdeconv_jax.whitening import NewtonSchulz
+      >>> NewtonSchulz(num_iters=15)
+      NewtonSchulz(num_iters=15)
+    """
 
     num_iters: int = 5
 
@@ -38,7 +46,15 @@ class NewtonSchulz:
 
 @dataclasses.dataclass(frozen=True)
 class Chebyshev:
-    """What `num_iters` steps give, to a relative `tol`, in half the products: `ops.chebyshev`."""
+    """What `num_iters` steps give, to a relative `tol`, in half the products: `ops.chebyshev`.
+
+    Source: ours.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Chebyshev
+      >>> Chebyshev(tol=2e-3)
+      Chebyshev(tol=0.002, num_iters=5)
+    """
 
     tol: float = 1e-4
     num_iters: int = 5
@@ -53,7 +69,15 @@ class Chebyshev:
 
 @dataclasses.dataclass(frozen=True)
 class Eigh:
-    """The exact root, with a ridge relative to the Frobenius norm: `ops.eigh`."""
+    """The exact root, with a ridge relative to the Frobenius norm: `ops.eigh`.
+
+    Source: ours.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Eigh
+      >>> Eigh(ridge=1e-2)
+      Eigh(ridge=0.01)
+    """
 
     ridge: float = 0.0
 
@@ -67,7 +91,15 @@ class Eigh:
 
 @dataclasses.dataclass(frozen=True)
 class Stride:
-    """Statistics from patches on a grid `stride` times as coarse as the convolution's."""
+    """Statistics from patches on a grid `stride` times as coarse as the convolution's.
+
+    Source: `sampling_stride` of the original code.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Stride
+      >>> Stride(5)
+      Stride(stride=5)
+    """
 
     stride: int = 3
 
@@ -86,6 +118,13 @@ class Budget:
 
     A fixed stride takes far more samples than it needs in early layers, and can take fewer than there are
     dimensions in late ones.
+
+    Source: ours.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Budget
+      >>> Budget(4).choose(lambda stride: 1000 // stride**2, width=27, largest=9)
+      3
     """
 
     rows_per_dim: int = 16
@@ -101,7 +140,15 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
-    """Groups as in the original code: neighbouring columns of a patch fall into different groups."""
+    """Groups as in the original code: neighbouring columns of a patch fall into different groups.
+
+    Source: the original code.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Interleaved
+      >>> Interleaved(16)
+      Interleaved(block_size=16, shared=True)
+    """
 
     block_size: int = 64
     shared: bool = True
@@ -113,7 +160,15 @@ class Interleaved:
 
 @dataclasses.dataclass(frozen=True)
 class Contiguous:
-    """Groups as in the paper's text: neighbouring channels are whitened together."""
+    """Groups as in the paper's text: neighbouring channels are whitened together.
+
+    Source: Ye et al. 2020, section 3.5; `shared=False` is ours.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Contiguous
+      >>> Contiguous(16, shared=False)
+      Contiguous(block_size=16, shared=False)
+    """
 
     block_size: int = 64
     shared: bool = True
@@ -128,6 +183,13 @@ class Freeze:
     """Compute statistics in the first `active_steps` of every `period`; use the running ones in the rest.
 
     The original's stems compute them in steps 0 to 100 of every thousand: the defaults.
+
+    Source: `freeze` and `freeze_iter` of the original code.
+
+    Example:
+      >>> from netdeconv_jax.whitening import Freeze
+      >>> Freeze()
+      Freeze(active_steps=101, period=1000)
     """
 
     active_steps: int = 101
