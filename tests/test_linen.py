@@ -352,7 +352,7 @@ def test_strides_are_the_last_positional_so_that_factories_work():
 @pytest.mark.parametrize("grouping", ["interleaved", "contiguous"])
 @pytest.mark.parametrize("whiten", ["patches", "channels"])
 def test_every_group_can_have_a_whitener_of_its_own(grouping, whiten):
-    x = normal((8, 6, 6, 6)) * jnp.arange(1, 7)
+    x = normal((8, 6, 6, 6)) * jnp.arange(1, 7).reshape(1, 1, 1, 6)
     layer = DeconvConv(
         4, (3, 3), block_size=2, grouping=grouping, whiten=whiten, shared_whitener=False
     )
