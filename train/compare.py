@@ -164,8 +164,10 @@ def _table(comparison, table):
 def _caption(comparison):
     configs = {norm: trainer.config for norm, trainer in comparison.trainers.items()}
     config = next(iter(configs.values()))
-    rates = ", ".join(f"{c.optimizer.learning_rate:g}" for c in configs.values())
+    rates = ", ".join(
+        f"{c.optimizer.learning_rate:g} ({NORMS[norm]})" for norm, c in configs.items()
+    )
     return (
         f"{config.dataset}, network {config.network}; mean and range of {len(comparison.seeds)} seeds; "
-        f"learning rate {rates}, batch size {config.batch_size}"
+        f"learning rate {rates}; batch size {config.batch_size}"
     )

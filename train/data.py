@@ -74,12 +74,15 @@ def digits() -> Dataset:
     return Dataset(examples.where(~in_test), examples.where(in_test), num_classes=10)
 
 
-def hold_out(dataset: Dataset) -> Dataset:
-    """Return the training part alone, every fourth image of it (index % 4 == 3) in the place of the test set.
+def hold_out(dataset: Dataset, fold: int, folds: int = 4) -> Dataset:
+    """Return the training part alone, every `folds`-th image of it in the place of the test set.
 
-    For choosing settings: whatever is chosen this way has never seen the test set.
+    For choosing settings: whatever is chosen this way has never seen the test set. All folds are of equal
+    size; the up to `folds - 1` images left over at the end are in none.
     """
-    held = np.arange(len(dataset.train)) % 4 == 3
+    index = np.arange(len(dataset.train) // folds * folds)
+    held = index[index % folds == fold]
+    kept = index[index % folds != fold]
     return dataclasses.replace(
-        dataset, train=dataset.train.where(~held), test=dataset.train.where(held)
+        dataset, train=dataset.train.where(kept), test=dataset.train.where(held)
     )

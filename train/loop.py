@@ -49,6 +49,7 @@ class Trainer:
 
     Attributes:
       config: as given.
+      model: the network.
       steps_per_epoch: int; what does not fill a batch is left out of an epoch, something else each time.
 
     Raises:
@@ -63,13 +64,17 @@ class Trainer:
                 f"{config.batch_size}."
             )
         self.config = config
-        self._train, self._test = _on_device(dataset.train), _on_device(dataset.test)
-        self._model: Any = networks.create(
+        self.use(dataset)
+        self.model: Any = networks.create(
             config.network, norm=config.norm, num_classes=dataset.num_classes, **config.model
         )
         self._optimizer = optimizer.create(
             config.optimizer, total_steps=config.epochs * self.steps_per_epoch
         )
+
+    def use(self, dataset: Dataset) -> None:
+        """Go on with another dataset of the same shape; nothing is compiled anew."""
+        self._train, self._test = _on_device(dataset.train), _on_device(dataset.test)
 
     def compile(self) -> float:
         """Compile everything that a run needs; return the seconds it took."""
@@ -142,7 +147,7 @@ class Trainer:
 
     def _init_fn(self, key):
         key, init_key = jax.random.split(key)
-        variables = self._model.init(init_key, self._train.images[:1], train=False)
+        variables = self.model.init(init_key, self._train.images[:1], train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
         return TrainState(
             jnp.zeros((), jnp.int32), key, params, batch_stats, self._optimizer.init(params)
@@ -163,7 +168,7 @@ class Trainer:
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = self._model.apply(
+            logits, updates = self.model.apply(
                 variables, images, train=True, mutable=["batch_stats"]
             )
             return _cross_entropy(logits, labels).mean(), updates["batch_stats"]
@@ -186,7 +191,7 @@ class Trainer:
         )  # the last batch runs over the end: what is past it weighs 0
         index = jnp.minimum(index, len(examples) - 1)
         labels = examples.labels[index]
-        logits = self._model.apply(variables, examples.images[index], train=False)
+        logits = self.model.apply(variables, examples.images[index], train=False)
         loss = jnp.where(counted, _cross_entropy(logits, labels), 0).sum()
         correct = jnp.where(counted, logits.argmax(-1) == labels, False).sum()
         return loss, correct

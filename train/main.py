@@ -4,9 +4,9 @@ r"""Train a network as a config says, or several norms side by side.
   python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 \
       --workdir=runs/demo
 
-`metrics.jsonl` below the workdir gets a line an epoch. A comparison ends with a table, a picture of the curves
-and `comparison.json`, all figures. Ctrl-C leaves what was measured so far, and exit status 130; a bad config
-ends with status 2, a loss that is not finite with status 1, each with one line.
+`metrics.jsonl` below the workdir gets a line an epoch. A comparison ends with a table, a picture of the
+curves and `comparison.json`, all figures. Ctrl-C leaves what was measured so far, and exit status 130; a bad
+config ends with status 2, a loss that is not finite with status 1, each with one line.
 """
 
 import sys
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
                 print(metrics.progress(row, config.epochs), flush=True)
             print(f"Metrics: {workdir / 'metrics.jsonl'}")
     except KeyboardInterrupt:
-        print("\nInterrupted; what follows is of the epochs that were finished.", file=sys.stderr)
+        print("\nInterrupted: what was measured until here stays.", file=sys.stderr)
         status = 130
     except loop.NonFiniteLossError as error:
         print(f"train: {error} A lower learning rate may help.", file=sys.stderr)

@@ -37,7 +37,7 @@ def draw_curves(curves: Mapping[str, list[list[float]]], path: Path, *, caption:
         axes.fill_between(epochs, error.min(1), error.max(1), color=colour, alpha=0.13, lw=0)
         axes.plot(epochs, error.mean(1), color=colour, lw=2.4, marker="o", ms=4.5, zorder=3)
     _scale(axes, errors)
-    _label(axes, {norm: error.mean(1) for norm, error in errors.items()})
+    _label(axes, errors)
     figure.text(0.03, 0.925, "Test accuracy by epoch", fontsize=15, weight="bold", color=INK)
     figure.text(0.03, 0.872, caption, fontsize=9.5, color=FAINT)
     FigureCanvasAgg(figure).print_png(path)
@@ -54,7 +54,7 @@ def _scale(axes: Axes, errors: Mapping[str, np.ndarray]) -> None:
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda error, _: f"{100 - error:g}%"))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     # Room on the left for the accuracies after the first epoch.
-    axes.set_xlim(1 - 0.085 * max(epochs, 2), epochs + 0.02 * max(epochs, 2))
+    axes.set_xlim(1 - 0.1 * max(epochs, 2), epochs + 0.02 * max(epochs, 2))
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 10**6) if epochs <= 12 * n or n == 10**6)
     every = 5 if 12 < epochs <= 30 else every
     axes.set_xticks(sorted({1, *range(every, epochs + 1, every)}))
@@ -67,8 +67,9 @@ def _scale(axes: Axes, errors: Mapping[str, np.ndarray]) -> None:
     axes.spines["bottom"].set_color("#bbbbbb")
 
 
-def _label(axes: Axes, means: Mapping[str, np.ndarray]) -> None:
-    """Write each accuracy after the first epoch beside it, and name each line where it starts to part."""
+def _label(axes: Axes, errors: Mapping[str, np.ndarray]) -> None:
+    """Write each accuracy after the first epoch beside it, and name each line where the lines differ."""
+    means = {norm: error.mean(1) for norm, error in errors.items()}
     best = min(means, key=lambda norm: means[norm][: len(means[norm]) // 2 + 1].mean())
     for norm, mean in means.items():
         style: dict[str, Any] = {"color": COLOURS[norm], "weight": "bold"}
@@ -79,10 +80,10 @@ def _label(axes: Axes, means: Mapping[str, np.ndarray]) -> None:
             value, (1, mean[0]), xytext=(-8, 0), ha="right", va="center", fontsize=10, **style
         )
         at = min(1, len(mean) - 1)
-        if norm == best:  # above the line, clear of where it goes next
-            place = (at + 1, mean[at : at + 2].min())
+        if norm == best:  # above all that the first epochs hold
+            place = (at + 1, min(error[:4].min() for error in errors.values()))
             axes.annotate(
-                NORMS[norm], place, xytext=(0, 20), ha="center", va="bottom", fontsize=12.5, **style
+                NORMS[norm], place, xytext=(0, 6), ha="center", va="bottom", fontsize=12.5, **style
             )
         else:
             place = (at + 1, mean[at])
