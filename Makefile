@@ -9,7 +9,8 @@ PYTEST := $(BIN)/python -m pytest -n auto
 .PHONY: demo test test-all lint format clean
 
 demo: .venv/train
-	$(BIN)/python -m train.main --config=configs/digits.py --workdir=runs/demo --compare
+	$(BIN)/python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 \
+		--workdir=runs/demo
 
 test: .venv/test
 	$(PYTEST) -m "not slow"

@@ -1,10 +1,9 @@
 """Each norm's best learning rate on the digits, chosen without the test set.
 
 Every rate trains with the loop and the recipe of configs/digits.py on three quarters of the training set and
-is measured on the fourth, for each of the four quarters and three seeds: twelve runs, in which each image is
-held out three times. Rates whose mean accuracy after the last epoch is within one standard error of the
-highest cannot be told apart by it; of those, the best is the one with the highest accuracy after the first
-epoch. A run whose loss becomes NaN or infinite counts as accuracy 0.
+is measured on the fourth, for each of the four quarters and two seeds: eight runs, in which each image is
+held out twice. The best rate has the highest mean accuracy over what the demo's table shows: after the first,
+the fifth and the last epoch. A run whose loss becomes NaN or infinite counts as accuracy 0.
 
   python -m benchmarks.digits_lr_sweep
 """
@@ -19,9 +18,10 @@ from train import data, loop, metrics
 from train.config import Config
 
 RESULT = Path(__file__).parent / "results" / "digits_lr_sweep.json"
-RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-SEEDS = (0, 1, 2)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.5)
+SEEDS = (0, 1)
 FOLDS = 4
+COLUMNS = {"first_epoch": 1, "fifth_epoch": 5, "last_epoch": 0}  # 0: whichever is the last
 
 
 def main() -> None:
@@ -38,8 +38,7 @@ def main() -> None:
         "folds": FOLDS,
         "train_examples": len(folds[0].train),
         "validation_examples": len(folds[0].test),
-        "chosen_by": "the highest mean accuracy after the first epoch among rates whose mean accuracy "
-        "after the last epoch is within one standard error of the highest",
+        "chosen_by": "the highest mean accuracy over the first, the fifth and the last epoch",
         "best": best,
         "sweep": sweep,
     }
@@ -50,10 +49,9 @@ def main() -> None:
 
 def choose(rows: list[dict]) -> float:
     """Return the best learning rate of one norm."""
-    highest = max(rows, key=lambda row: np.mean(row["last_accuracy"]))["last_accuracy"]
-    error = np.std(highest, ddof=1) / np.sqrt(len(highest))
-    equal = [row for row in rows if np.mean(row["last_accuracy"]) >= np.mean(highest) - error]
-    return max(equal, key=lambda row: np.mean(row["first_accuracy"]))["learning_rate"]
+    return max(rows, key=lambda row: np.mean([np.mean(row[name]) for name in COLUMNS]))[
+        "learning_rate"
+    ]
 
 
 def measure(norm: str, rate: float, folds: list[data.Dataset]) -> dict:
@@ -66,16 +64,11 @@ def measure(norm: str, rate: float, folds: list[data.Dataset]) -> dict:
     for fold in folds:
         trainer.use(fold)
         runs += [accuracies(trainer, seed) for seed in SEEDS]
-    result = {
-        "learning_rate": rate,
-        "first_accuracy": [run[0] for run in runs],
-        "last_accuracy": [run[-1] for run in runs],
-    }
-    first, last = (100 * np.mean(result[f"{which}_accuracy"]) for which in ("first", "last"))
-    print(
-        f"{norm:6}  learning rate {rate:<5}  first epoch {first:5.2f}  last {last:5.2f}",
-        flush=True,
-    )
+    result: dict = {"learning_rate": rate}
+    for name, epoch in COLUMNS.items():
+        result[name] = [run[min(epoch, len(run)) - 1 if epoch else -1] for run in runs]
+    means = "  ".join(f"{name} {100 * np.mean(result[name]):5.2f}" for name in COLUMNS)
+    print(f"{norm:6}  learning rate {rate:<5}  {means}", flush=True)
     return result
 
 

@@ -3,14 +3,16 @@
   python -m train.main --config=configs/digits.py:cnn,deconv --workdir=runs/digits
   python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 --workdir=runs/demo
 
-Hardware: two CPU cores. TIME_AND_ACCURACY
+Hardware: two CPU cores. Time: half a minute for the comparison. Expected test accuracy, mean of seeds 0 to 2
+(benchmarks/results/digits_demo.json): batch norm 88.2% after the first epoch and 98.9% after the last,
+deconvolution 94.2% and 99.0%.
 """
 
 import ml_collections
 
-# Each norm's best of a sweep from 0.01 to 1.0 on images held out of the training set; how it was chosen and
+# Each norm's best of a sweep from 0.02 to 0.5 on images held out of the training set; how it was chosen and
 # from what: benchmarks/digits_lr_sweep.py and benchmarks/results/digits_lr_sweep.json.
-LEARNING_RATES = {"batch": 0.1, "deconv": 0.05}
+LEARNING_RATES = {"batch": 0.05, "deconv": 0.1}
 
 
 def get_config(arg: str = "cnn,deconv") -> ml_collections.ConfigDict:
@@ -26,7 +28,7 @@ def get_config(arg: str = "cnn,deconv") -> ml_collections.ConfigDict:
     config.network = network
     config.norm = norm
     config.epochs = 15
-    config.batch_size = 64
+    config.batch_size = 32
     config.eval_batch_size = 256
     config.seed = 0
 

@@ -16,7 +16,13 @@ from train import config as configs
 ROOT = Path(__file__).parents[1]
 SOURCE = str(ROOT / "configs" / "digits.py") + ":cnn,{}"
 # Two narrow layers on a quarter of the pixels: everything the loop does, compiled in a second.
-SMALL = {"model.widths": (16, 16), "model.strides": (2, 1), "model.block_size": 8, "epochs": 4}
+SMALL = {
+    "model.widths": (16, 16),
+    "model.strides": (2, 1),
+    "model.block_size": 8,
+    "epochs": 4,
+    "batch_size": 64,
+}
 NORMS = ("batch", "deconv")
 
 

@@ -39,7 +39,7 @@ def draw_curves(curves: Mapping[str, list[list[float]]], path: Path, *, caption:
     _scale(axes, errors)
     _label(axes, errors)
     figure.text(0.03, 0.925, "Test accuracy by epoch", fontsize=15, weight="bold", color=INK)
-    figure.text(0.03, 0.872, caption, fontsize=9.5, color=FAINT)
+    figure.text(0.03, 0.872, caption, fontsize=9, color=FAINT)
     FigureCanvasAgg(figure).print_png(path)
 
 
