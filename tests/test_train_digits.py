@@ -22,6 +22,7 @@ SMALL = {
     "model.block_size": 8,
     "epochs": 4,
     "batch_size": 64,
+    "optimizer.learning_rate": 0.1,
 }
 NORMS = ("batch", "deconv")
 
