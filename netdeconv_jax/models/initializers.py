@@ -25,6 +25,10 @@ from flax import linen as nn
 
 BiasInit = Callable[[int], nn.initializers.Initializer]
 
+PYTORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
     """Return an initializer of U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), PyTorch's for a bias.
@@ -65,9 +69,7 @@ class LayerInit:
       bias: function of fan_in that returns the initializer of the bias.
     """
 
-    kernel: nn.initializers.Initializer = nn.initializers.variance_scaling(
-        1 / 3, "fan_in", "uniform"
-    )
+    kernel: nn.initializers.Initializer = PYTORCH_KERNEL
     bias: BiasInit = uniform_bias
 
 
@@ -86,5 +88,4 @@ class Initializers:
     deconv_dense: LayerInit = LayerInit()
 
 
-FAN_OUT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-FAN_IN = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+PYTORCH = Initializers()

@@ -20,7 +20,7 @@ STAGES = (
 )
 STEM = {"num_iters": 10, "freeze": Freeze()}
 DEPTHWISE = {"num_iters": 1}
-PROJECTION = {"num_iters": 1}
+PROJECTION = {"num_iters": 1}  # in blocks as wide as the input of the inverted residual
 
 
 class InvertedResidual(nn.Module):
@@ -48,7 +48,8 @@ class InvertedResidual(nn.Module):
         y = nn.relu(norm(name="bn1")(conv(wide, 1, name="conv1")(x)))
         depthwise = conv(wide, 3, self.strides, groups=wide, name="conv2", **DEPTHWISE)
         y = nn.relu(norm(name="bn2")(depthwise(y)))
-        y = norm(name="bn3")(conv(self.features, 1, name="conv3", **PROJECTION)(y))
+        projection = PROJECTION | {"block_size": x.shape[-1]}
+        y = norm(name="bn3")(conv(self.features, 1, name="conv3", **projection)(y))
         if self.strides != 1:
             return y
         if x.shape != y.shape:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from netdeconv_jax.models.initializers import Initializers
+from netdeconv_jax.models.initializers import PYTORCH, Initializers
 from netdeconv_jax.models.units import LAYOUTS, NORMS, Units
 from netdeconv_jax.whitening import WhiteningSpec
 
@@ -47,7 +47,7 @@ class Network(nn.Module):
     axis_name: Any = None
 
     minimum_size: ClassVar[int | None] = 1
-    initializers: ClassVar[Initializers] = Initializers()
+    initializers: ClassVar[Initializers] = PYTORCH
 
     def __post_init__(self):
         for name, allowed in {"norm": NORMS, "layout": LAYOUTS}.items():

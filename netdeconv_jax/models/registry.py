@@ -147,7 +147,7 @@ def create(
       norm: `"batch"` (momentum 0.9, epsilon 1e-5), `"deconv"`, `"channel"` (whitens channels, not pixels) or
         `"none"`.
       num_classes: int >= 1.
-      spec: how layers whiten, default `WhiteningSpec()`; stems and some layers lay their own settings over it.
+      spec: how layers whiten, default `WhiteningSpec()`; stems and some layers lay their own over it.
       layout: `"full"`, or `"original"` for the network that the original code built, quirks included.
       width: multiplies every number of features; for quick runs.
       dtype: of computation, as `nn.Conv`; logits are float32 at least.

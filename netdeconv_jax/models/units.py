@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from netdeconv_jax.linen import DeconvConv, DeconvDense
-from netdeconv_jax.models.initializers import Initializers
+from netdeconv_jax.models.initializers import PYTORCH, Initializers
 from netdeconv_jax.whitening import NewtonSchulz, WhiteningSpec
 
 NORMS = ("batch", "channel", "deconv", "none")
@@ -53,7 +53,7 @@ class Units:
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: Any = None
-    initializers: Initializers = Initializers()
+    initializers: Initializers = PYTORCH
 
     def in_original(self, **norms: str) -> "Units":
         """Return units whose norm is another one in the original layout.
@@ -115,6 +115,9 @@ class Units:
             epsilon=1e-5,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            # Otherwise statistics are float32 even where parameters are float64.
+            force_float32_reductions=jnp.promote_types(jnp.float32, self.param_dtype)
+            == jnp.float32,
             name=name,
             **self._statistics,
         )
