@@ -75,7 +75,7 @@ def load_torch_checkpoint(
     image = jax.ShapeDtypeStruct((1, size, size, _channels(name, entries)), dtype)
     expected = jax.eval_shape(model.init, jax.random.key(0), image)
     leaves = traverse_util.flatten_dict(expected)
-    names = _entry_names(name, leaves)
+    names = entry_names(name, leaves)
 
     problems = _problems(names, leaves, entries)
     if problems:
@@ -136,7 +136,7 @@ def _channels(name: str, entries: Mapping[str, np.ndarray]) -> int:
     return shapes[0][1] if shapes and len(shapes[0]) == 4 else 3
 
 
-def _entry_names(name: str, leaves: Mapping[Names, Any]) -> dict[Names, str]:
+def entry_names(name: str, leaves: Mapping[Names, Any]) -> dict[Names, str]:
     """Return the entry of the `state_dict` for each Flax path (collection, *layer, leaf) that has one."""
     layers = [path[1:-1] for path in leaves]
     whitened = {path[1:-1] for path in leaves if path[-1] == "whitener"}
