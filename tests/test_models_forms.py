@@ -13,28 +13,24 @@ from netdeconv_jax.models.registry import info
 from netdeconv_jax.models.units import NORMS
 
 NAMES = list(models.list())
-REPRESENTATIVES = (
-    "mlp",
-    "lenet",
-    "resnet18",
-    "preact_resnet18",
-    "mobilenetv2",
-    "efficientnet_b0",
-)
-# The smallest sizes that leave a 2x2 map or so: deep strides over small maps are slow on CPUs.
-REAL_SIZES = {"vgg11_imagenet": 32, "vgg16_imagenet": 32, "densenet121_imagenet": 32}
+REPRESENTATIVES = ("mlp", "lenet", "vgg11", "resnet18", "senet18", "pnasnet_a")
+# Compiling is what these tests cost; optimizing what runs once or twice is not worth it.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def slow_unless(names):
+    return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in NAMES]
 
 
 def small(name, norm, **options):
-    """A narrow form of a network, and eight small images."""
-    size = REAL_SIZES.get(name) or max(16, info(name).make.__dict__.get("minimum_size", 0))
-    if name.startswith("vgg"):
-        size = 32
-    spec = WhiteningSpec(block_size=8)
-    width = 0.25 if info(name).parameters > 1e5 else 1.0
-    model = models.create(name, norm, 5, spec, width=width, **options)
+    """A narrow form of a network, its variables, eight small images and their labels."""
+    width = 0.25 if info(name).parameters > 1e6 else 1.0
+    model = models.create(name, norm, 5, WhiteningSpec(block_size=8), width=width, **options)
+    size = max(16, model.minimum_size or 0)
     x = jax.random.normal(jax.random.key(1), (8, size, size, 3))
-    return model, x
+    init = jax.jit(model.init, compiler_options=QUICK)
+    variables = init(jax.random.key(0, impl="rbg"), x)
+    return model, variables, x, jnp.arange(8) % 5
 
 
 def loss_and_updates(model, params, state, x, labels):
@@ -49,20 +45,29 @@ def loss_and_updates(model, params, state, x, labels):
     return loss, (logits, updates)
 
 
-@functools.cache
-def step_of(model):
-    """One compiled training step: plain SGD."""
+def compiled_step(model):
+    """Plain SGD, and an evaluation behind it."""
 
-    @jax.jit
-    def step(params, state, x, labels):
+    def step(variables, x, labels):
+        state = {k: v for k, v in variables.items() if k != "params"}
+        params = variables["params"]
         loss = functools.partial(loss_and_updates, model)
         (_, (logits, updates)), gradients = jax.value_and_grad(loss, has_aux=True)(
             params, state, x, labels
         )
         params = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradients)
-        return params, {**state, **updates}, logits, gradients
+        variables = {"params": params, **state, **updates}
+        evaluated, untouched = model.apply(variables, x, mutable=["batch_stats"])
+        return variables, logits, gradients, evaluated, untouched
 
-    return step
+    return jax.jit(step, compiler_options=QUICK)
+
+
+def over_eight_devices(variables, x, labels):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.device_put((variables, x, labels), (everywhere, split, split))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -86,70 +91,49 @@ def test_shapes_of_every_network_with_every_norm(name, norm):
     assert gradients == params
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     assert updates == state
-    assert (state == {}) == (norm == "none")
+    assert bool(state) == (norm != "none" and (name, norm) != ("linear", "batch"))
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in REPRESENTATIVES else pytest.mark.slow) for n in NAMES],
-)
-def test_a_narrow_network_trains_and_evaluates(name, norm):
-    model, x = small(name, norm)
-    labels = jnp.arange(8) % 5
-    variables = jax.jit(model.init)(jax.random.key(0), x)
-    params, state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+@pytest.mark.parametrize("name", slow_unless(REPRESENTATIVES))
+def test_a_narrow_network_trains_and_evaluates_on_eight_devices(name, norm):
+    model, variables, x, labels = small(name, norm)
+    check_step(model, norm, *over_eight_devices(variables, x, labels))
 
-    step = step_of(model)
-    new_params, new_state, logits, gradients = step(params, state, x, labels)
-    step(new_params, new_state, x + 1, labels)
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", slow_unless(["lenet", "vgg11"]))
+def test_a_narrow_network_trains_and_evaluates_in_bfloat16(name, norm):
+    model, variables, x, labels = small(name, norm, dtype=jnp.bfloat16)
+    check_step(model, norm, variables, x, labels)
+
+
+def check_step(model, norm, variables, x, labels):
+    step = compiled_step(model)
+    new, logits, gradients, evaluated, untouched = step(variables, x, labels)
+    assert step(new, x + 1, labels)[1].shape == (8, 5)
     assert step._cache_size() == 1
-    assert logits.shape == (8, 5)
+
+    for outputs in (logits, evaluated):
+        assert outputs.shape == (8, 5)
+        assert outputs.dtype == jnp.float32
+        assert bool(jnp.isfinite(outputs).all())
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
-    assert all(
-        bool((old != new).any())
-        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True)
-        if old.size > 1 or norm == "batch"
-    )
-
-    evaluate = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
-    logits, untouched = evaluate({"params": params, **new_state}, x)
-    assert logits.shape == (8, 5)
-    assert bool(jnp.isfinite(logits).all())
-    jax.tree.map(np.testing.assert_array_equal, untouched, new_state)
+    if norm == "none":
+        assert set(new) == {"params"}
+        return
+    old_stats, new_stats = variables.get("batch_stats", {}), new.get("batch_stats", {})
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), old_stats, new_stats)
+    assert all(jax.tree.leaves(changed)), changed
+    jax.tree.map(np.testing.assert_array_equal, untouched.get("batch_stats", {}), new_stats)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])
-def test_bfloat16_stays_near_float32(name, norm):
-    logits = {}
-    for dtype in (jnp.float32, jnp.bfloat16):
-        model, x = small(name, norm, dtype=dtype)
-        variables = jax.jit(model.init)(jax.random.key(0), x)
-        apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-        logits[dtype], _ = jax.jit(apply)(variables, x)
-    assert logits[jnp.bfloat16].dtype == jnp.float32
-    scale = jnp.abs(logits[jnp.float32]).max()
-    assert jnp.abs(logits[jnp.float32] - logits[jnp.bfloat16]).max() < 0.2 * scale
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == "resnet18" else pytest.mark.slow) for n in REPRESENTATIVES],
-)
+@pytest.mark.parametrize("name", slow_unless(["lenet"]))
 def test_eight_devices_agree_with_one(name, norm):
-    model, x = small(name, norm)
-    labels = jnp.arange(8) % 5
-    variables = jax.jit(model.init)(jax.random.key(0), x)
-    params, state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
-    alone = step_of(model)(params, state, x, labels)
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    params, state = jax.device_put((params, state), everywhere)
-    together = step_of(model)(params, state, *jax.device_put((x, labels), split))
+    model, *arguments = small(name, norm)
+    alone = compiled_step(model)(*arguments)
+    together = compiled_step(model)(*over_eight_devices(*arguments))
     for one, eight in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-        scale = max(1e-3, float(jnp.abs(one).max()))
-        np.testing.assert_allclose(one, eight, atol=2e-3 * scale)
+        scale = max(1e-2, float(jnp.abs(one).max()))
+        np.testing.assert_allclose(one, eight, atol=1e-2 * scale)
