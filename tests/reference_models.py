@@ -1,7 +1,7 @@
 """The original's whole networks, as recorded in tests/data/reference_models; how their weights are made.
 
 Each file holds one network with 10 classes in float64: its layers in call order, the names and shapes of its
-`state_dict`, logits in evaluation and training, loss and gradient norms. Weights and input are made from a seed.
+`state_dict`, logits in evaluation and training, loss and gradient norms. Weights and input come from a seed.
 """
 
 import gzip

@@ -119,7 +119,7 @@ def _unwrap(entries: Mapping[str, Any]) -> dict[str, np.ndarray]:
         inner = entries.get(wrapper)
         if isinstance(inner, Mapping):
             entries = inner
-    return {key.removeprefix("module."): np.asarray(value) for key, value in entries.items()}
+    return {name.removeprefix("module."): np.asarray(value) for name, value in entries.items()}
 
 
 def _parameter_dtype(entries: Mapping[str, np.ndarray]) -> Any:
@@ -161,7 +161,7 @@ def _problems(
             if n in entries and entries[n].shape != shape
         ],
     }
-    return [f"  {kind}: {', '.join(found)}" for kind, found in kinds.items() if found]
+    return [f"  {kind}: {', '.join(sorted(found))}" for kind, found in kinds.items() if found]
 
 
 def _torch_shape(path: Names, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -93,9 +93,7 @@ def layer_table(model: Network, input_shape: tuple[int, ...]) -> list[LayerRow]:
 
 def _row(module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> LayerRow:
     params = sum(leaf.size for leaf in jax.tree.leaves(module.variables.get("params", {})))
-    row = LayerRow(
-        module.path, _KINDS[type(module)], in_shape, out_shape, parameters=params
-    )
+    row = LayerRow(module.path, _KINDS[type(module)], in_shape, out_shape, parameters=params)
     if row.kind in ("conv", "deconv_conv"):
         row = dataclasses.replace(
             row,
