@@ -1,8 +1,8 @@
-"""How far every network is from the original's figures, in float64: benchmarks/results/original_networks.json.
+"""How far every network is from the original's figures: benchmarks/results/original_networks.json.
 
     PYTHONPATH=. python -m benchmarks.original_networks [case ...]
 
-Runs the cases of tests/data/reference_models that have no result yet, or those named, op by op.
+Runs the cases of tests/data/reference_models without a result, or those named, in float64, op by op.
 """
 
 import importlib.util

@@ -15,12 +15,12 @@ from netdeconv_jax.interop.torch_checkpoint import entry_names
 from netdeconv_jax.models.summary import layer_table
 
 # The rest is slow here: compiling their many shapes, or multiplying their many weights.
-LARGE = ("densenet121", "dpn92", "vgg11_imagenet", "resnet50", "efficientnet_b0")
+LARGE = ("densenet121", "dpn92", "vgg11_imagenet", "resnet50", "pnasnet_b")
 SMALL_TRAINED = (
     "resnet18_batch",
     "vgg11_deconv",
     "preact_resnet18_batch",
-    "senet18_deconv",
+    "senet18_batch",
     "pnasnet_a_batch",
     "resnet18_imagenet_deconv",
 )
