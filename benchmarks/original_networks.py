@@ -84,7 +84,9 @@ def training_errors(recorded: Any, model: Any, variables: Any, x: Any) -> dict[s
 
 def main(cases: list[str]) -> None:
     reference = reference_models()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
+    results: dict[str, Any] = {"cases": {}}
+    if RESULTS.exists():
+        results = json.loads(RESULTS.read_text())
     results["versions"] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     results["tolerances"] = "1e-6 relative; gradient norms 1e-6 * stored + 1e-9 * largest"
     for case in cases or [c for c in reference.CASES if c not in results["cases"]]:

@@ -1,6 +1,7 @@
 """Building networks by name: what is there, what is refused, and how parameters start."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,24 +117,26 @@ def table(name, *args, **settings):
 
 def test_the_users_spec_holds_where_the_network_does_not_say_otherwise():
     rows = table("resnext29_32x4d", spec=WhiteningSpec(block_size=16, num_iters=4, eps=1e-3))
-    specs = {row.path[-1]: row.spec for row in rows}
+    specs: dict[str, Any] = {row.path[-1]: row.spec for row in rows[1:]}
+    stem: Any = rows[0].spec
     assert specs["conv3"] == WhiteningSpec(block_size=16, num_iters=4, eps=1e-3)
     assert specs["conv2"].root.num_iters == 3
     assert specs["linear"].grouping.block_size == 512
-    assert rows[0].spec.root.num_iters == 10
-    assert rows[0].spec.freeze is not None
+    assert stem.root.num_iters == 10
+    assert stem.freeze is not None
 
 
 def test_other_roots_and_groupings_reach_every_layer():
     spec = WhiteningSpec(root=Eigh(1e-3), grouping=Contiguous(32))
-    rows = [row for row in table("mobilenetv2", spec=spec) if row.spec is not None]
-    assert {row.spec.root for row in rows} == {Eigh(1e-3)}
-    assert {row.spec.grouping.kind for row in rows} == {"contiguous"}
+    specs = [row.spec for row in table("mobilenetv2", spec=spec) if row.spec is not None]
+    assert {spec.root for spec in specs} == {Eigh(1e-3)}
+    assert {spec.grouping.kind for spec in specs} == {"contiguous"}
 
 
 def test_channel_whitens_channels_where_deconv_whitens_patches():
     kinds = {norm: table("resnet18", norm) for norm in ("channel", "deconv")}
     for channel, deconv in zip(kinds["channel"], kinds["deconv"], strict=True):
+        assert deconv.spec is not None
         assert channel.spec == deconv.spec.replace(whiten="channels")
 
 
@@ -236,12 +239,14 @@ def test_zero_bias_is_zero():
 
 def test_pools_that_tile_equal_those_that_slide():
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
-    tiled = MaxPool(2).apply({}, x)
+    tiled: Any = MaxPool(2).apply({}, x)
+    sliding: Any = MaxPool(3, 2, 1).apply({}, x)
+    averaged: Any = AvgPool(4).apply({}, x)
     np.testing.assert_array_equal(
         tiled, MaxPool(2).apply({}, jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
     )
-    assert MaxPool(3, 2, 1).apply({}, x).shape == (2, 3, 3, 3)
-    assert AvgPool(4).apply({}, x).shape == (2, 1, 1, 3)
+    assert sliding.shape == (2, 3, 3, 3)
+    assert averaged.shape == (2, 1, 1, 3)
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 7), (7, 7), (5, 3), (8, 2)])

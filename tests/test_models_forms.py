@@ -1,6 +1,7 @@
 """Every network with every norm: shapes of all of them, and the real thing at reduced width."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from netdeconv_jax.models.registry import info
 from netdeconv_jax.models.units import NORMS
 
 NAMES = list(models.list())
-REPRESENTATIVES = ("mlp", "lenet", "vgg11", "resnet18", "senet18", "pnasnet_a")
+REPRESENTATIVES = ("mlp", "lenet", "vgg11", "resnet18", "senet18", "vgg11_imagenet")
 # Compiling is what these tests cost; optimizing what runs once or twice is not worth it.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -110,7 +111,7 @@ def test_a_narrow_network_trains_and_evaluates_in_bfloat16(name, norm):
 
 
 def check_step(model, norm, variables, x, labels):
-    step = compiled_step(model)
+    step: Any = compiled_step(model)
     new, logits, gradients, evaluated, untouched = step(variables, x, labels)
     assert step(new, x + 1, labels)[1].shape == (8, 5)
     assert step._cache_size() == 1

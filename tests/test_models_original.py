@@ -105,7 +105,7 @@ def as_recorded(row):
         layer |= {"bias": row.use_bias}
     if row.spec is not None:
         layer |= {"block": row.block, "n_iter": row.spec.root.num_iters, "eps": row.spec.eps}
-    if row.kind == "deconv_conv":
+    if row.kind == "deconv_conv" and row.spec is not None:
         layer |= {"sampling_stride": row.spec.sampling.stride * row.strides}
         layer |= {"freeze": row.spec.freeze is not None}
     return layer

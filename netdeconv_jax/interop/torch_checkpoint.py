@@ -63,10 +63,8 @@ def load_torch_checkpoint(
 
     Example:
       >>> from netdeconv_jax.interop import load_torch_checkpoint
-      >>> load_torch_checkpoint("resnet18", {}, norm="batch")
-      Traceback (most recent call last):
-      ValueError: `checkpoint` does not fit resnet18 with norm='batch' and 10 classes:
-        missing: conv1.weight ...
+      >>> model, variables = load_torch_checkpoint("resnet18", "resnet18.pth")  # doctest: +SKIP
+      >>> logits = model.apply(variables, images)  # doctest: +SKIP
     """
     entries = _unwrap(_read(checkpoint))
     dtype = jax.dtypes.canonicalize_dtype(_parameter_dtype(entries))
@@ -74,7 +72,7 @@ def load_torch_checkpoint(
     size = info(name).size
     image = jax.ShapeDtypeStruct((1, size, size, _channels(name, entries)), dtype)
     expected = jax.eval_shape(model.init, jax.random.key(0), image)
-    leaves = traverse_util.flatten_dict(expected)
+    leaves: dict[Names, Any] = traverse_util.flatten_dict(expected)
     names = entry_names(name, leaves)
 
     problems = _problems(names, leaves, entries)

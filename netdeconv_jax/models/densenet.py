@@ -9,12 +9,12 @@ from flax import linen as nn
 from netdeconv_jax.models.initializers import FAN_IN, Initializers, LayerInit, zero_bias
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import AvgPool, MaxPool, global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 DEPTHS = (6, 12, 24, 16)
 GROWTH = 32
-IMAGENET_STEM = {"num_iters": 15, "freeze": Freeze()}
+IMAGENET_STEM: Whitening = {"num_iters": 15, "freeze": Freeze()}
 
 
 class DenseLayer(nn.Module):

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 # features of the grouped convolution, of the residual path, new ones of the dense path, blocks, first stride
@@ -17,7 +17,7 @@ STAGES = (
     (768, 2048, 128, 3, 2),
 )
 GROUPS = 32
-STEM = {"num_iters": 10, "freeze": Freeze()}
+STEM: Whitening = {"num_iters": 10, "freeze": Freeze()}
 
 
 class DualPathBlock(nn.Module):

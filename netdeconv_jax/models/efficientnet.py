@@ -6,7 +6,7 @@ from flax import linen as nn
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.senet import gates
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 # expansion, features, blocks, stride of the first; every kernel 3x3
@@ -19,7 +19,7 @@ STAGES = (
     (6, 192, 4, 2),
     (6, 320, 1, 2),
 )
-STEM = {"num_iters": 10, "freeze": Freeze()}
+STEM: Whitening = {"num_iters": 10, "freeze": Freeze()}
 
 
 class MBConv(nn.Module):

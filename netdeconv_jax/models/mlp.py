@@ -7,8 +7,9 @@ from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import channels_first
+from netdeconv_jax.models.units import Whitening
 
-WHOLE = {"block_size": 1024}  # all of a 28x28 image together; gcd(512, 784) would be 16
+WHOLE: Whitening = {"block_size": 1024}  # all of a 28x28 image together; gcd(512, 784) would be 16
 
 
 class Linear(Network):

@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 # expansion, features, blocks, stride of the first; strides are smaller than the paper's for 32x32 images
@@ -18,9 +18,9 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-STEM = {"num_iters": 10, "freeze": Freeze()}
-DEPTHWISE = {"num_iters": 1}
-PROJECTION = {"num_iters": 1}  # in blocks as wide as the input of the inverted residual
+STEM: Whitening = {"num_iters": 10, "freeze": Freeze()}
+DEPTHWISE: Whitening = {"num_iters": 1}
+PROJECTION: Whitening = {"num_iters": 1}  # in blocks as wide as the input of the inverted residual
 
 
 class InvertedResidual(nn.Module):
@@ -48,7 +48,7 @@ class InvertedResidual(nn.Module):
         y = nn.relu(norm(name="bn1")(conv(wide, 1, name="conv1")(x)))
         depthwise = conv(wide, 3, self.strides, groups=wide, name="conv2", **DEPTHWISE)
         y = nn.relu(norm(name="bn2")(depthwise(y)))
-        projection = PROJECTION | {"block_size": x.shape[-1]}
+        projection: Whitening = PROJECTION | {"block_size": x.shape[-1]}
         y = norm(name="bn3")(conv(self.features, 1, name="conv3", **projection)(y))
         if self.strides != 1:
             return y

@@ -6,11 +6,11 @@ from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import MaxPool, global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 CELLS = 6  # in each of three stages, with a strided cell between them
-STEM = {"num_iters": 10, "freeze": Freeze()}
+STEM: Whitening = {"num_iters": 10, "freeze": Freeze()}
 
 
 class SepConv(nn.Module):

@@ -1,5 +1,7 @@
 """Pooling, NHWC. `MaxPool` and `AvgPool` are modules so that a table of layers can show them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -28,7 +30,8 @@ class MaxPool(nn.Module):
             batch, height, width, channels = x.shape
             shape = (batch, height // strides, strides, width // strides, strides, channels)
             return x.reshape(shape).max((2, 4))
-        return nn.max_pool(x, (self.window,) * 2, (strides,) * 2, ((self.padding,) * 2,) * 2)
+        padding: Any = ((self.padding,) * 2,) * 2
+        return nn.max_pool(x, (self.window,) * 2, (strides,) * 2, padding)
 
 
 class AvgPool(nn.Module):

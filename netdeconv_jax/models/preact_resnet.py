@@ -5,11 +5,11 @@ from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, stride of the first block
-STEM = {"num_iters": 10, "freeze": Freeze()}
+STEM: Whitening = {"num_iters": 10, "freeze": Freeze()}
 
 
 class PreActBlock(nn.Module):

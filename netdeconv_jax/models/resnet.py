@@ -8,11 +8,11 @@ from flax import linen as nn
 from netdeconv_jax.models.initializers import FAN_OUT, Initializers, LayerInit
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import MaxPool, global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # features, stride of the first block
-IMAGENET_STEM = {"num_iters": 15, "freeze": Freeze()}
+IMAGENET_STEM: Whitening = {"num_iters": 15, "freeze": Freeze()}
 
 
 class BasicBlock(nn.Module):

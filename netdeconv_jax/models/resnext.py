@@ -5,14 +5,14 @@ from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 STAGES = ((128, 1), (256, 2), (512, 2))  # features of the grouped convolution, first stride
 BLOCKS = 3
 GROUPS = 32
-STEM = {"num_iters": 10, "freeze": Freeze()}
-GROUPED = {"num_iters": 3}
+STEM: Whitening = {"num_iters": 10, "freeze": Freeze()}
+GROUPED: Whitening = {"num_iters": 3}
 
 
 class ResNeXtBlock(nn.Module):

@@ -26,6 +26,7 @@ NORMS = ("batch", "channel", "deconv", "none")
 LAYOUTS = ("full", "original")
 
 Layer = Callable[[jax.Array], jax.Array]
+Whitening = dict[str, Any]  # settings of `WhiteningSpec` that a network lays over the user's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from netdeconv_jax.models.pooling import (
     channels_first,
     global_average,
 )
-from netdeconv_jax.models.units import Units
+from netdeconv_jax.models.units import Units, Whitening
 from netdeconv_jax.whitening import Freeze
 
 FEATURES = (64, 128, 256, 512, 512)  # of the convolutions before each of the five pools
@@ -23,7 +23,7 @@ DEPTHS = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-STEM = {"num_iters": 15, "freeze": Freeze()}
+STEM: Whitening = {"num_iters": 15, "freeze": Freeze()}
 
 
 def convolutions(net: "VGG | ImageNetVGG", units: Units, x: jax.Array) -> jax.Array:
