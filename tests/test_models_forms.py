@@ -129,7 +129,7 @@ def check_step(model, norm, variables, x, labels):
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), old_stats, new_stats)
     layers: dict[tuple[str, ...], list[bool]] = {}
     for path, is_changed in traverse_util.flatten_dict(changed).items():
-        layers.setdefault(path[:-1], []).append(is_changed)
+        layers.setdefault(path[:-1], []).append(bool(is_changed))
     # Not every statistic: the mean of a narrow network's dead ReLU stays 0.
     assert all(map(any, layers.values())), changed
     jax.tree.map(np.testing.assert_array_equal, untouched.get("batch_stats", {}), new_stats)
