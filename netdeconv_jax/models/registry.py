@@ -33,6 +33,13 @@ class ModelInfo:
       parameters: of the `"deconv"` form with three input channels and 10 classes at `size`.
       summary: one line.
       size: height and width of the images it is made for.
+
+    Source: ours.
+
+    Example:
+      >>> from netdeconv_jax import models
+      >>> models.list()["lenet"].size
+      32
     """
 
     make: Callable[..., Network]
@@ -104,6 +111,8 @@ def list_models() -> ModelList:
 
     Returns:
       A dict of `ModelInfo` that prints as a table.
+
+    Source: the networks of Ye et al. 2020, section 4 and the original code.
 
     Example:
       >>> from netdeconv_jax import models

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.linen import DeconvConv, DeconvDense
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import AvgPool, MaxPool
-from netdeconv_jax.whitening import NewtonSchulz, Stride, WhiteningSpec
+from netdeconv_jax.whitening import WhiteningSpec
+from netdeconv_jax.whitening.conv import conv_groups, dense_groups, sampling_stride
 
 _KINDS = {
     nn.Conv: "conv",
@@ -112,34 +114,25 @@ def _row(module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> 
         return row
 
     spec = module.resolved_spec()
-    whitener = module.get_variable("batch_stats", "whitener").shape
-    width, whiteners = whitener[-1], math.prod(whitener[:-2])
-    columns = in_shape[-1] * (max(1, row.kernel_size) ** 2 if _sees_patches(row, spec) else 1)
+    groups, rows = _columns_and_rows(row, spec)
+    whiteners = math.prod(groups.stat_shape)
     return dataclasses.replace(
         row,
         block=module.effective_block(in_shape[-1]),
         spec=spec,
-        covariance=_samples(row, spec) * columns * width,
-        root=_root_products(spec) * width**3 * whiteners,
-        fold=out_shape[-1] * terms * width,
+        covariance=whiteners * rows * groups.width**2,
+        root=whiteners * spec.root.products * groups.width**3,
+        fold=out_shape[-1] * terms * groups.width,
     )
 
 
-def _sees_patches(row: LayerRow, spec: WhiteningSpec) -> bool:
-    return row.kernel_size > 1 and spec.whiten == "patches"
-
-
-def _samples(row: LayerRow, spec: WhiteningSpec) -> int:
-    """Return how many patches, pixels or vectors the statistics see."""
+def _columns_and_rows(row: LayerRow, spec: WhiteningSpec) -> tuple[ops.ColumnGroups, int]:
+    """Return how the columns of a layer are divided, and how many samples each covariance sees."""
+    channels = row.in_shape[-1]
     if row.kind == "deconv_dense":
-        return math.prod(row.in_shape[:-1])
-    stride = row.strides * (spec.sampling.stride if isinstance(spec.sampling, Stride) else 1)
-    if not _sees_patches(row, spec):
-        return math.ceil(math.prod(row.in_shape[:-1]) / stride**2)
-    grid = [(n + 2 * row.padding - row.kernel_size) // stride + 1 for n in row.in_shape[1:3]]
-    return row.in_shape[0] * math.prod(grid)
-
-
-def _root_products(spec: WhiteningSpec) -> int:
-    """Return the matrix products of one root: K iterations need 3 K - 3; others count as ten."""
-    return 3 * spec.root.num_iters - 3 if isinstance(spec.root, NewtonSchulz) else 10
+        groups = dense_groups(spec, channels)
+        return groups, math.prod(row.in_shape[:-1]) * groups.groups
+    geometry = ops.window((row.kernel_size,) * 2, row.strides, row.padding)
+    groups = conv_groups(spec, channels, geometry.taps, row.groups)
+    stride = sampling_stride(spec, row.in_shape, geometry, groups)
+    return groups, ops.sampled_rows(row.in_shape, geometry, groups, stride)

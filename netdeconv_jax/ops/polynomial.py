@@ -85,14 +85,24 @@ def chebyshev_coefficients(num_iters: int, tol: float) -> tuple[float, ...] | No
     """
     check_num_iters(num_iters)
     check_tol(tol)
-    for degree, m in _DEGREES.items():
-        products = m - 1 + degree // m - 1
-        if products >= 3 * num_iters - 3:
+    for degree in _DEGREES:
+        if _products(degree) >= 3 * num_iters - 3:
             return None
         coefficients, error = _fit(num_iters, degree)
         if error <= tol:
             return tuple(float(c) for c in coefficients)
     return None
+
+
+def products(num_iters: int, tol: float) -> int:
+    """Return how many matrix products `chebyshev` takes."""
+    coefficients = chebyshev_coefficients(num_iters, tol)
+    return 3 * num_iters - 3 if coefficients is None else _products(len(coefficients) - 1)
+
+
+def _products(degree: int) -> int:
+    m = _DEGREES[degree]
+    return m - 1 + degree // m - 1
 
 
 def check_tol(tol: float) -> None:

@@ -51,6 +51,22 @@ def dense_groups(spec: WhiteningSpec, features: int) -> ops.ColumnGroups:
     )
 
 
+def sampling_stride(
+    spec: WhiteningSpec,
+    shape: tuple[int, ...],
+    geometry: ops.Window,
+    groups: ops.ColumnGroups,
+    *,
+    devices: int = 1,
+) -> int:
+    """Return the stride at which `spec` samples an input of `shape` [batch, *spatial, channels]."""
+    return spec.sampling.choose(
+        lambda stride: devices * ops.sampled_rows(shape, geometry, groups, stride),
+        groups.width,
+        largest=max(shape[1:-1]),
+    )
+
+
 def deconv_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -100,18 +116,14 @@ def deconv_conv(
     x = x.reshape(math.prod(batch_shape), *x.shape[len(batch_shape) :])
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     groups = conv_groups(spec, x.shape[-1], geometry.taps, feature_group_count)
-    devices = reduction.devices() if not use_running_average else 1
-    sampling_stride = spec.sampling.choose(
-        lambda stride: devices * ops.sampled_rows(x.shape, geometry, groups, stride),
-        groups.width,
-        largest=max(x.shape[1:-1]),
-    )
     mean, whitener, running = statistics(
         lambda: ops.patch_moments(
             x,
             geometry,
             groups,
-            sampling_stride=sampling_stride,
+            sampling_stride=sampling_stride(
+                spec, x.shape, geometry, groups, devices=reduction.devices()
+            ),
             mask=mask,
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,

@@ -17,6 +17,11 @@ WHITEN = ("patches", "channels")
 class Root(Protocol):
     """An inverse square root of symmetric positive definite matrices [..., d, d]."""
 
+    @property
+    def products(self) -> int:
+        """How many matrix products it takes, or their worth."""
+        ...
+
     def __call__(self, cov: jax.Array) -> jax.Array:
         """Return D ~ cov^(-1/2)."""
         ...
@@ -43,6 +48,11 @@ class NewtonSchulz:
         """Return the inverse square root after `num_iters` steps."""
         return roots.newton_schulz(cov, num_iters=self.num_iters)
 
+    @property
+    def products(self) -> int:
+        """How many matrix products it takes."""
+        return 3 * self.num_iters - 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Chebyshev:
@@ -66,6 +76,11 @@ class Chebyshev:
         """Return the inverse square root."""
         return polynomial.chebyshev(cov, num_iters=self.num_iters, tol=self.tol)
 
+    @property
+    def products(self) -> int:
+        """How many matrix products it takes."""
+        return polynomial.products(self.num_iters, float(self.tol))
+
 
 @dataclasses.dataclass(frozen=True)
 class Eigh:
@@ -87,6 +102,11 @@ class Eigh:
     def __call__(self, cov: jax.Array) -> jax.Array:
         """Return the exact inverse square root of `cov` with the ridge added."""
         return roots.eigh(cov, ridge=self.ridge)
+
+    @property
+    def products(self) -> int:
+        """What an eigendecomposition is worth in matrix products, about."""
+        return 10
 
 
 @dataclasses.dataclass(frozen=True)
