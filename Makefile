@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format
+# make demo | test | test-all | lint | format | docs
 # Everything runs in .venv, which the first target that needs it makes. PYTHON=... picks the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format docs clean
 
 demo: .venv/train
 	$(BIN)/python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 \
@@ -41,6 +41,9 @@ format: .venv/test
 .venv/test: .venv/train
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,test]"
 	@touch $@
+
+docs: .venv/test
+	$(BIN)/python docs/models_page.py
 
 clean:
 	rm -rf .venv runs build dist *.egg-info
