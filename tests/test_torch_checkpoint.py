@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference_models import images, read, state_dict
+from safetensors.numpy import save_file
 
 from netdeconv_jax import interop, models
 
@@ -42,7 +43,6 @@ def test_float64_arrays_without_x64_make_a_float32_network(recorded):
 
 
 def test_npz_and_safetensors_files_give_the_same_variables(entries, tmp_path):
-    save_file = pytest.importorskip("safetensors.numpy").save_file
     np.savez(tmp_path / "net.npz", **entries)
     save_file(
         {k: np.ascontiguousarray(v) for k, v in entries.items()}, tmp_path / "net.safetensors"
