@@ -55,7 +55,7 @@ def choose(rows: list[dict]) -> float:
 
 
 def measure(norm: str, rate: float, folds: list[data.Dataset]) -> dict:
-    """Return accuracies after the first and the last epoch of every fold and seed."""
+    """Return accuracies after the epochs of `COLUMNS`, of every fold and seed."""
     config: Config = digits.get_config(f"cnn,{norm}")
     config.optimizer.learning_rate = rate
     trainer = loop.Trainer(config, folds[0])

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from netdeconv_jax import ops
+from netdeconv_jax.ops.grouping import check_count
 from netdeconv_jax.whitening.channel import ChannelRunning, channel_deconv
 from netdeconv_jax.whitening.conv import (
     check_input,
@@ -50,10 +51,15 @@ class _Whitened(nn.Module):
         self.resolved_spec()  # so that a bad setting is refused here, not when the model first runs
         super().__post_init__()
 
+    @nn.nowrap
     def resolved_spec(self) -> WhiteningSpec:
         """Return `spec`, or the layer's defaults, with the keywords that were given laid over it."""
-        return (getattr(self, "spec", None) or self._defaults).replace(**self._overrides())
+        spec = getattr(self, "spec", None)
+        if spec is not None and not isinstance(spec, WhiteningSpec):
+            raise TypeError(f"`spec` must be a WhiteningSpec, got {spec!r}.")
+        return (self._defaults if spec is None else spec).replace(**self._overrides())
 
+    @nn.nowrap
     def _overrides(self) -> dict[str, Any]:
         """The settings that were given as keywords, under the names of `WhiteningSpec.replace`."""
         if self.eps is not None and self.epsilon is not None:
@@ -68,6 +74,7 @@ class _Whitened(nn.Module):
         values["eps"] = self.epsilon if self.eps is None else self.eps
         return {name: value for name, value in values.items() if value is not None}
 
+    @nn.nowrap
     def _merge_use_running_average(self, argument: bool | None) -> bool:
         given = self.use_running_average
         if (given is None) == (argument is None):
@@ -103,12 +110,14 @@ class _Deconvolved(_Whitened):
     shared_whitener: bool | None = None
     freeze_schedule: Freeze | tuple[int, int] | None = None
 
+    @nn.nowrap
     def _declare_params(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
+        check_count("features", shape[-1])
         if self.has_variable("params", "kernel"):
             have = jnp.shape(nn.unbox(self.get_variable("params", "kernel")))
             if have[-2] != shape[-2]:
                 raise ValueError(
-                    f"`x` has {shape[-2]} input channels per feature group, but this layer's kernel was "
+                    f"`x` has {shape[-2]} input channels (in a feature group), but this layer's kernel was "
                     f"initialized for {have[-2]}: its shape is {have}."
                 )
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
@@ -116,20 +125,29 @@ class _Deconvolved(_Whitened):
             return kernel, None
         return kernel, self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
 
+    @nn.nowrap
     def _declare_running(
-        self, groups: ops.ColumnGroups
+        self, groups: ops.ColumnGroups, evaluating: bool
     ) -> tuple[Running, Callable[[Running], None]]:
         """Declare the running statistics; return them and the function that stores new ones."""
         counted = self.resolved_spec().freeze is not None
-        start = Running.start(
-            (*groups.stat_shape, groups.width), self._stats_dtype, counted=counted
-        )
+        if evaluating and not self.has_variable("batch_stats", "step"):
+            counted = counted and self.is_initializing()  # evaluation never reads the count
+        shape = (*groups.stat_shape, groups.width)
+        if self.has_variable("batch_stats", "mean"):
+            have = jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
+            if have != shape:
+                raise ValueError(
+                    f"`batch_stats` hold a mean of shape {have}, this layer needs {shape}: they come from "
+                    "another `block_size`, `whiten`, `grouping` or `shared_whitener`."
+                )
+        start = Running.start(shape, self._stats_dtype, counted=counted)
         mean = self.variable("batch_stats", "mean", lambda: start.mean)
         whitener = self.variable("batch_stats", "whitener", lambda: start.whitener)
         step = self.variable("batch_stats", "step", lambda: start.step) if counted else None
 
         def store(running: Running) -> None:
-            if self.is_initializing():
+            if evaluating or self.is_initializing():
                 return
             mean.value, whitener.value = running.mean, running.whitener
             if step is not None:
@@ -153,6 +171,7 @@ class DeconvConv(_Deconvolved):
       features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count,
         use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
         conv_general_dilated: as `nn.Conv`. `precision` is the convolution's; statistics run at HIGHEST.
+        Of `promote_dtype` only the dtype that it chooses is used: the kernel is folded before it is cast.
       use_running_average: use running statistics (evaluation) or the batch's (training); here or in the
         call, not both.
       axis_name, axis_index_groups: pool statistics over the devices of a `pmap` or `shard_map` axis. Under
@@ -162,7 +181,9 @@ class DeconvConv(_Deconvolved):
       eps, epsilon: added to the diagonal of the covariance (1e-5); two names for one thing.
       num_iters: Newton-Schulz steps (5).
       momentum: share of the old running average (0.9).
-      sampling_stride: statistics see every so many-th patch along each axis (3).
+      sampling_stride: statistics see every so many-th patch along each axis (3); of a 1x1 kernel, and of
+        whitened channels, as many pixels, but in the order of the flattened batch. On maps of a few pixels
+        that leaves very few: set 1 there.
       whiten: `"patches"` (pixels and channels) or `"channels"`.
       grouping: `"interleaved"` or `"contiguous"`.
       shared_whitener: one mean and whitener for all groups (True).
@@ -196,11 +217,10 @@ class DeconvConv(_Deconvolved):
     whiten: str | None = None
     grouping: str | None = None
 
+    @nn.nowrap
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
-        if self.feature_group_count > 1:
-            return channels // self.feature_group_count
-        return ops.effective_block(channels, self.resolved_spec().grouping.block_size)
+        return conv_groups(self.resolved_spec(), channels, 1, self.feature_group_count).width
 
     @nn.compact
     def __call__(
@@ -216,7 +236,7 @@ class DeconvConv(_Deconvolved):
           x: [*batch, *spatial, channels] with any number of batch axes, as in `nn.Conv`.
           use_running_average: see the attribute.
           mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1]; statistics ignore
-            what weighs 0.
+            what weighs 0. As with `nn.BatchNorm`, what is not finite there still spoils gradients.
         Returns:
           [*batch, *out, features].
         Raises:
@@ -233,7 +253,7 @@ class DeconvConv(_Deconvolved):
         groups = conv_groups(spec, x.shape[-1], geometry.taps, self.feature_group_count)
         shape = (*geometry.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
         kernel, bias = self._declare_params(shape)
-        running, store = self._declare_running(groups)
+        running, store = self._declare_running(groups, use_running_average)
         promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, running = deconv_conv(
             x,
@@ -250,8 +270,7 @@ class DeconvConv(_Deconvolved):
             precision=self.precision,
             conv_general_dilated=self.conv_general_dilated,
         )
-        if not use_running_average:
-            store(running)
+        store(running)
         return y
 
 
@@ -287,6 +306,7 @@ class DeconvDense(_Deconvolved):
     _: dataclasses.KW_ONLY
     dot_general: Callable[..., jax.Array] | None = None
 
+    @nn.nowrap
     def effective_block(self, features: int) -> int:
         """Return the features whitened together, of `features` input features."""
         return ops.effective_block(features, self.resolved_spec().grouping.block_size)
@@ -316,7 +336,7 @@ class DeconvDense(_Deconvolved):
         spec = self.resolved_spec()
         check_input(x, min_ndim=1)
         kernel, bias = self._declare_params((x.shape[-1], self.features))
-        running, store = self._declare_running(dense_groups(spec, x.shape[-1]))
+        running, store = self._declare_running(dense_groups(spec, x.shape[-1]), use_running_average)
         promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, running = deconv_dense(
             x,
@@ -331,8 +351,7 @@ class DeconvDense(_Deconvolved):
             precision=self.precision,
             dot_general=self.dot_general,
         )
-        if not use_running_average:
-            store(running)
+        store(running)
         return y
 
 
@@ -373,9 +392,10 @@ class ChannelDeconv(_Whitened):
     block_size: int
     sampling_stride: int | None = None
 
+    @nn.nowrap
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
-        return min(self.block_size, channels)
+        return min(self.resolved_spec().grouping.block_size, check_count("channels", channels))
 
     @nn.compact
     def __call__(

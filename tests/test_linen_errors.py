@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec
+from netdeconv_jax.whitening import Eigh
 
 X = jnp.ones((2, 8, 8, 4))
 
@@ -23,10 +24,22 @@ BAD_SETTINGS = {
     "eps 0": (ValueError, r"`eps` .* got 0", {"eps": 0.0}),
     "eps twice": (ValueError, r"`epsilon` .* 0\.1 and 0\.2", {"eps": 0.2, "epsilon": 0.1}),
     "momentum 1": (ValueError, r"`momentum` .* got 1", {"momentum": 1.0}),
-    "iterations of eigh": (ValueError, r"`num_iters`=3", {"method": "eigh", "num_iters": 3}),
+    "iterations of eigh": (
+        ValueError,
+        r"`num_iters`=3",
+        {"spec": WhiteningSpec(method="eigh"), "num_iters": 3},
+    ),
     "freeze": (ValueError, r"`period` .* got 5", {"freeze_schedule": (10, 5)}),
     "freeze nothing": (ValueError, r"`active_steps` .* got 0", {"freeze_schedule": (0, 5)}),
     "freeze string": (TypeError, r"`freeze` .* 'always'", {"freeze_schedule": "always"}),
+    "freeze of three": (TypeError, r"`freeze` .* \(1, 2, 3\)", {"freeze_schedule": (1, 2, 3)}),
+    "freeze floats": (TypeError, r"`period` .* 200\.5", {"freeze_schedule": (100, 200.5)}),
+    "eps string": (TypeError, r"`eps` must be a number, got 'a'", {"eps": "a"}),
+    "momentum string": (TypeError, r"`momentum` .* '0\.9'", {"momentum": "0.9"}),
+    "shared string": (TypeError, r"`shared_whitener` .* 'no'", {"shared_whitener": "no"}),
+    "spec string": (TypeError, r"`spec` .* 'fast'", {"spec": "fast"}),
+    "spec class": (TypeError, r"`spec` .* WhiteningSpec", {"spec": WhiteningSpec}),
+    "spec dict": (TypeError, r"`spec` .* \{\}", {"spec": {}}),
 }
 
 
@@ -45,15 +58,43 @@ def test_dense_and_channel_layers_refuse_bad_settings_too():
 
 
 def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():
+    spec: Any = WhiteningSpec
+    with pytest.raises(ValueError, match=r"`method` is shorthand for a part of `root`; give one"):
+        spec(root=Eigh(), method="newton_schulz")
+    with pytest.raises(TypeError, match=r"`root` must be .*Eigh"):
+        spec(root=Eigh)
     with pytest.raises(TypeError, match=r"'blocksize'"):
-        WhiteningSpec(blocksize=3)
-    with pytest.raises(TypeError, match=r"`sampling` must be a strategy, got 3"):
-        WhiteningSpec(sampling=3)
-    with pytest.raises(TypeError, match=r"`root` must be a strategy, got 'eigh'"):
-        WhiteningSpec(root="eigh")
+        spec(blocksize=3)
+    with pytest.raises(TypeError, match=r"'blocksize'"):
+        WhiteningSpec().replace(blocksize=3)
+    with pytest.raises(TypeError, match=r"`sampling` must be `Stride\(...\)` .* got 3"):
+        spec(sampling=3)
+    with pytest.raises(TypeError, match=r"`root` must be .* got 'eigh'"):
+        spec(root="eigh")
 
+
+ANY: Any = DeconvConv  # for arguments that a type checker would refuse
 
 BAD_CALLS = {
+    "no features": (ValueError, r"`features` .* got 0", DeconvConv(0, (3, 3)), X),
+    "negative features": (ValueError, r"`features` .* got -1", DeconvDense(-1), X),
+    "features string": (TypeError, r"`features` .* got '4'", ANY("4", (3, 3)), X),
+    "float groups": (
+        TypeError,
+        r"`feature_group_count` .* got 1\.0",
+        ANY(4, (3, 3), feature_group_count=1.0),
+        X,
+    ),
+    "float pairs": (
+        ValueError,
+        r"`padding` .*0\.9",
+        ANY(4, (3, 3), padding=((0.9, 1), (0, 0))),
+        X,
+    ),
+    "float padding": (TypeError, r"`padding` .* got 1\.5", ANY(4, (3, 3), padding=1.5), X),
+    "no padding": (TypeError, r"`padding` .* got None", ANY(4, (3, 3), padding=None), X),
+    "float strides": (TypeError, r"`strides` .* got 1\.5", ANY(4, (3, 3), 1.5), X),
+    "no kernel": (TypeError, r"`kernel_size` .* got None", ANY(4, None), X),
     "wrong rank": (ValueError, r"`x` .*\(8, 4\)", DeconvConv(8, (3, 3)), X[0, 0]),
     "zero channels": (ValueError, "`x` has no channels", DeconvConv(8, (3, 3)), X[..., :0]),
     "zero features": (ValueError, "`x` has no channels", DeconvDense(8), X[..., :0]),
@@ -109,6 +150,18 @@ def test_other_channels_than_the_kernels_are_refused(layer):
     variables = layer.init(jax.random.key(0), X, True)
     with pytest.raises(ValueError, match=r"`x` has 3 input channels .* initialized for 4"):
         layer.apply(variables, X[..., :3], True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"block_size": 2}, {"whiten": "channels"}, {"shared_whitener": False, "block_size": 2}],
+)
+def test_statistics_of_another_grouping_are_refused(other):
+    variables = DeconvConv(8, (3, 3)).init(jax.random.key(0), X, True)
+    with pytest.raises(
+        ValueError, match=r"`batch_stats` hold a mean of shape \(36,\).*`block_size`"
+    ):
+        DeconvConv(8, (3, 3), **other).apply(variables, X, True)
 
 
 def test_other_channels_than_the_statistics_are_refused():

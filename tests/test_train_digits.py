@@ -231,6 +231,7 @@ def test_a_bad_config_ends_with_status_2_and_one_line(tmp_path):
         ({"dataset": "letters"}, "`dataset` must be one of .*, got 'letters'"),
         ({"network": "rnn"}, "`network` must be one of .*, got 'rnn'"),
         ({"norm": "layer"}, "`norm` must be one of .*, got 'layer'"),
+        ({"model.block_size": 0}, "`block_size` must be at least 1, got 0"),
         ({"model.widths": (8,)}, "`model.widths` and `model.strides` must be as long"),
         (
             {"model.width": 8},

@@ -6,6 +6,7 @@ All runs advance together, so that a comparison that is interrupted is a compari
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             },
         }
     return {
+        "command": " ".join(["python -m train.main", *sys.argv[1:]]),
         "environment": metrics.environment(),
         "seeds": list(comparison.seeds),
         "epochs_finished": comparison.epochs,
@@ -164,10 +166,12 @@ def _table(comparison, table):
 def _caption(comparison):
     configs = {norm: trainer.config for norm, trainer in comparison.trainers.items()}
     config = next(iter(configs.values()))
-    rates = ", ".join(
-        f"{c.optimizer.learning_rate:g} ({NORMS[norm]})" for norm, c in configs.items()
-    )
+    rates = {norm: f"{c.optimizer.learning_rate:g}" for norm, c in configs.items()}
+    if len(set(rates.values())) == 1:
+        named = rates.popitem()[1]
+    else:
+        named = ", ".join(f"{rate} ({NORMS[norm]})" for norm, rate in rates.items())
     return (
         f"{config.dataset}, network {config.network}; mean and range of {len(comparison.seeds)} seeds; "
-        f"learning rate {rates}; batch size {config.batch_size}"
+        f"learning rate {named}; batch size {config.batch_size}"
     )

@@ -53,7 +53,8 @@ class Trainer:
       steps_per_epoch: int; what does not fill a batch is left out of an epoch, something else each time.
 
     Raises:
-      ValueError: an unknown network, norm or optimizer, or a batch larger than the training set.
+      ValueError, TypeError: an unknown network, norm or optimizer, a setting that a layer refuses, or a batch
+        larger than the training set.
     """
 
     def __init__(self, config: Config, dataset: Dataset):
@@ -71,6 +72,8 @@ class Trainer:
         self._optimizer = optimizer.create(
             config.optimizer, total_steps=config.epochs * self.steps_per_epoch
         )
+        # Shapes alone: a setting that no layer can take is found here, not after the compilation of another.
+        self._state = jax.eval_shape(self._init_fn, jax.random.key(0))
 
     def use(self, dataset: Dataset) -> None:
         """Go on with another dataset of the same shape; nothing is compiled anew."""
@@ -82,7 +85,7 @@ class Trainer:
         key = jax.random.key(0)
         # The step donates its state, so that nothing outside may share its arrays: init is jitted too.
         self._init = jax.jit(self._init_fn).lower(key).compile()
-        state = jax.eval_shape(self._init_fn, key)
+        state = self._state
         self._order = jax.jit(self._order_fn).lower(state).compile()
         order = jax.eval_shape(self._order_fn, state)
         self._step = (

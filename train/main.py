@@ -45,8 +45,8 @@ def main(argv: list[str]) -> int:
         trainers = {norm: loop.Trainer(config, dataset) for norm, config in chosen.items()}
         workdir = Path(FLAGS.workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"train: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 
     # ---- Training, an epoch at a time.

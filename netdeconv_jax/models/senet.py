@@ -45,8 +45,10 @@ def gates(units: Units, x: jax.Array) -> jax.Array:
     """
     channels = x.shape[-1]
     y = global_average(x, keepdims=True)
-    y = nn.relu(units.conv(max(1, channels // REDUCTION), 1, use_bias=True, name="fc1")(y))
-    return nn.sigmoid(units.conv(channels, 1, use_bias=True, name="fc2")(y))
+    # One pixel an image: a sampling stride would leave fewer samples than there are channels.
+    every = units.in_full(sampling_stride=1)
+    y = units.conv(max(1, channels // REDUCTION), 1, use_bias=True, name="fc1", **every)(y)
+    return nn.sigmoid(units.conv(channels, 1, use_bias=True, name="fc2", **every)(nn.relu(y)))
 
 
 class SENet(Network):

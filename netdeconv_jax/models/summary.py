@@ -121,7 +121,7 @@ def _row(module: Any, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> 
         block=module.effective_block(in_shape[-1]),
         spec=spec,
         covariance=whiteners * rows * groups.width**2,
-        root=whiteners * spec.root.products * groups.width**3,
+        root=whiteners * getattr(spec.root, "products", 10) * groups.width**3,
         fold=out_shape[-1] * terms * groups.width,
     )
 

@@ -162,6 +162,10 @@ class Units:
 
         return layer
 
+    def in_full(self, **whitening: Any) -> dict[str, Any]:
+        """Return `whitening` in the full layout, and nothing where the original code is reproduced."""
+        return whitening if self.layout == "full" else {}
+
     @property
     def _whitens(self) -> bool:
         return self.kind in ("deconv", "channel")

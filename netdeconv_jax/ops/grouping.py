@@ -37,9 +37,8 @@ def effective_block(channels: int, block_size: int) -> int:
       >>> ops.effective_block(96, 64), ops.effective_block(3, 64)
       (32, 3)
     """
-    check_block_size(block_size)
-    if channels < 1:
-        raise ValueError(f"`channels` must be at least 1, got {channels}.")
+    check_count("block_size", block_size)
+    check_count("channels", channels)
     return channels if block_size > channels else math.gcd(block_size, channels)
 
 
@@ -124,9 +123,8 @@ def column_groups(
       576
     """
     check_kind(kind)
-    for name, count in {"taps": taps, "feature_group_count": feature_group_count}.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+    check_count("taps", taps)
+    check_count("feature_group_count", feature_group_count)
     if channels % feature_group_count:
         raise ValueError(
             f"`feature_group_count` must divide the {channels} input channels, got {feature_group_count}."
@@ -144,9 +142,16 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"`grouping` must be one of {KINDS}, got {kind!r}.")
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise unless `block_size` is an int >= 1."""
-    if not isinstance(block_size, (int, np.integer)) or isinstance(block_size, bool):
-        raise TypeError(f"`block_size` must be an int, got {block_size!r}.")
-    if block_size < 1:
-        raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+def check_count(name: str, value: int) -> int:
+    """Return `value` if it is an int of at least 1, else raise an error that names it."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return int(value)
+
+
+def check_shared(shared: bool) -> None:
+    """Raise unless `shared` is a bool."""
+    if not isinstance(shared, bool):
+        raise TypeError(f"`shared_whitener` must be True or False, got {shared!r}.")

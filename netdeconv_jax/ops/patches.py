@@ -172,7 +172,9 @@ def window(
       >>> ops.window((3, 3), strides=2, padding=1).padding
       ((1, 1), (1, 1))
     """
-    sizes = (kernel_size,) if isinstance(kernel_size, (int, np.integer)) else tuple(kernel_size)
+    sizes = (kernel_size,) if isinstance(kernel_size, (int, np.integer)) else kernel_size
+    if not isinstance(sizes, Sequence):
+        raise TypeError(f"`kernel_size` must be an int or a sequence of ints, got {kernel_size!r}.")
     if not sizes:
         raise ValueError("`kernel_size` must have one entry per spatial axis, got ().")
     ndim = len(sizes)
@@ -256,7 +258,9 @@ def tap_slices(padded: jax.Array, geometry: Window, strides: tuple[int, ...]) ->
 def _per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     if value is None:
         value = 1
-    entries = (value,) * ndim if isinstance(value, (int, np.integer)) else tuple(value)
+    entries = (value,) * ndim if isinstance(value, (int, np.integer)) else value
+    if not isinstance(entries, Sequence):
+        raise TypeError(f"`{name}` must be an int or a sequence of ints, got {value!r}.")
     if len(entries) != ndim:
         raise ValueError(f"`{name}` must have {ndim} entries, one per spatial axis, got {value!r}.")
     if not all(isinstance(v, (int, np.integer)) and v >= 1 for v in entries):
@@ -273,15 +277,21 @@ def _canonical_padding(padding: Padding, ndim: int) -> str | tuple[tuple[int, in
         if name == "CAUSAL" and ndim != 1:
             raise ValueError(f"`padding` 'CAUSAL' needs one spatial axis, got {ndim}.")
         return name
-    entries = (padding,) * ndim if isinstance(padding, (int, np.integer)) else tuple(padding)
+    entries = (padding,) * ndim if isinstance(padding, (int, np.integer)) else padding
+    if not isinstance(entries, Sequence):
+        raise TypeError(f"`padding` must be one of {known}, an int or pairs, got {padding!r}.")
     if len(entries) != ndim:
         raise ValueError(
             f"`padding` must have {ndim} entries, one per spatial axis, got {padding!r}."
         )
     pairs = []
     for entry in entries:
-        pair = (entry, entry) if isinstance(entry, (int, np.integer)) else tuple(entry)
-        if len(pair) != 2:
+        pair = (entry, entry) if isinstance(entry, (int, np.integer)) else entry
+        if (
+            not isinstance(pair, Sequence)
+            or len(pair) != 2
+            or not all(isinstance(side, (int, np.integer)) for side in pair)
+        ):
             raise ValueError(f"`padding` must hold ints or (low, high) pairs, got {padding!r}.")
         pairs.append((int(pair[0]), int(pair[1])))
     return tuple(pairs)

@@ -1,6 +1,7 @@
 """Channel deconvolution as a normalization layer: whiten the channels in place."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -11,7 +12,14 @@ from jax import lax
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import flat_position, full_mask
-from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, averaged_if_any, whitener_of
+from netdeconv_jax.whitening.running import (
+    LOCAL,
+    Reduction,
+    Running,
+    average,
+    where_any,
+    whitener_of,
+)
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
 
@@ -84,14 +92,22 @@ def channel_deconv(
         stats = running.whitened.mean.dtype
         if mask is not None:
             mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(len(x), -1)
-        whole_moments = _grouped_moments(grouped, mask, step, reduction, stats)
-        mean, whitener = whole_moments.mean, whitener_of(whole_moments, spec)
+        moments = _grouped_moments(grouped, mask, step, reduction, stats)
         rest_mean, rest_var = running.rest_mean, running.rest_var
         if whole < channels:
             rest_mean, rest_var = _mean_and_variance(
                 _rest_moments(rest, mask, step, reduction, stats)
             )
-        running = _averaged(running, whole_moments, whitener, rest_mean, rest_var, spec.momentum)
+        batch = ChannelRunning(
+            Running(moments.mean, whitener_of(moments, spec), running.whitened.step),
+            rest_mean,
+            rest_var,
+        )
+        # A batch that is masked out altogether has no statistics: the running ones serve.
+        now = jax.tree.map(functools.partial(where_any, moments.count), batch, running)
+        mean, whitener = now.whitened.mean, now.whitened.whitener
+        rest_mean, rest_var = now.rest_mean, now.rest_var
+        running = _averaged(running, now, moments.count, spec.momentum)
 
     y = grouped.astype(mean.dtype) - mean.reshape((1,) * (x.ndim - 1) + (block, 1))
     y = jnp.einsum(
@@ -150,21 +166,14 @@ def _mean_and_variance(moments):
     return moments.mean[0], moments.cov[0, 0] * unbiased
 
 
-def _averaged(running, moments, whitener, rest_mean, rest_var, momentum):
+def _averaged(running, batch, count, momentum):
     """The running averages after this step; the first step replaces what was there."""
-    assert running.whitened.step is not None
-    momentum = jnp.where(running.whitened.step == 0, 0, momentum)
-    # Rows are counted, not steps: a batch that is masked out altogether must not pass for the first.
-    counted = (moments.count > 0).astype(jnp.int32)
-
-    def averaged(old, batch):
-        return averaged_if_any(old, batch, moments.count, momentum)
-
-    whitened = Running(
-        averaged(running.whitened.mean, moments.mean),
-        averaged(running.whitened.whitener, whitener),
-        running.whitened.step + counted,
+    step = running.whitened.step
+    momentum = jnp.where(step == 0, 0, momentum)
+    averaged = jax.tree.map(
+        lambda old, new: where_any(count, average(old, new, momentum), old), running, batch
     )
-    return ChannelRunning(
-        whitened, averaged(running.rest_mean, rest_mean), averaged(running.rest_var, rest_var)
-    )
+    # A batch that is masked out altogether must not pass for the first.
+    step = step + (count > 0).astype(jnp.int32)
+    whitened = dataclasses.replace(averaged.whitened, step=step)
+    return dataclasses.replace(averaged, whitened=whitened)

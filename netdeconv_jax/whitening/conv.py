@@ -109,6 +109,8 @@ def deconv_conv(
             f"got {kernel.shape[-1]}."
         )
     batch_shape = x.shape[: -geometry.ndim - 1]
+    if not (use_running_average or x.size):
+        raise ValueError(f"`x` has no samples to take statistics from: shape {x.shape}.")
     if mask is not None and len(batch_shape) != 1:
         mask = full_mask(mask, x)
         mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
@@ -141,7 +143,7 @@ def deconv_conv(
         precision=precision,
         conv_general_dilated=conv_general_dilated,
     )
-    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape)
+    y = _add_bias(y, bias)
     return y.reshape(*batch_shape, *y.shape[1:]), running
 
 
@@ -194,7 +196,17 @@ def deconv_dense(
         batch_moments, running, spec, use_running_average=use_running_average
     )
     kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
-    y = (dot_general or lax.dot_general)(
-        x.astype(dtype), kernel, (((x.ndim - 1,), (0,)), ((), ())), precision=precision
-    )
-    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + bias.shape), running
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    if dot_general is not None:
+        y = dot_general(x.astype(dtype), kernel, contract, precision=precision)
+    else:  # one rounding, after the bias: what cancels there can be large
+        wide = jnp.promote_types(jnp.float32, dtype)
+        y = lax.dot_general(
+            x.astype(dtype), kernel, contract, precision=precision, preferred_element_type=wide
+        )
+    return _add_bias(y, bias).astype(dtype), running
+
+
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add the bias in its own precision: rounded first, it would shift a feature as a whole."""
+    return (y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)).astype(y.dtype)

@@ -96,23 +96,32 @@ def whitener_of(moments: Moments, spec: WhiteningSpec) -> jax.Array:
     return spec.root(moments.cov + spec.eps * identity_like(moments.cov))
 
 
-def averaged_if_any(
-    old: jax.Array, batch: jax.Array, count: jax.Array, momentum: float | jax.Array
-) -> jax.Array:
-    """Return the exponential moving average, or `old` where the batch held no sample."""
-    count = count.reshape(count.shape + (1,) * (old.ndim - count.ndim))
-    return jnp.where(count > 0, momentum * old + (1 - momentum) * batch, old)
+def where_any(count: jax.Array, batch: jax.Array, running: jax.Array) -> jax.Array:
+    """Return `batch`, or `running` where `count` says that no sample was seen."""
+    return jnp.where(
+        count.reshape(count.shape + (1,) * (batch.ndim - count.ndim)) > 0, batch, running
+    )
+
+
+def average(old: jax.Array, batch: jax.Array, momentum: float | jax.Array) -> jax.Array:
+    """Return the exponential moving average, in Flax's sense of momentum."""
+    return momentum * old + (1 - momentum) * batch
 
 
 def _fresh(batch_moments, running, spec):
     moments = batch_moments()
     whitener = whitener_of(moments, spec)
+    # A batch that is masked out altogether has no statistics: the running ones serve.
+    mean = where_any(moments.count, moments.mean, running.mean)
+    whitener = where_any(moments.count, whitener, running.whitener)
     averaged = Running(
-        averaged_if_any(running.mean, moments.mean, moments.count, spec.momentum),
-        averaged_if_any(running.whitener, whitener, moments.count, spec.momentum),
+        where_any(moments.count, average(running.mean, mean, spec.momentum), running.mean),
+        where_any(
+            moments.count, average(running.whitener, whitener, spec.momentum), running.whitener
+        ),
         running.step,
     )
-    return moments.mean, whitener, averaged
+    return mean, whitener, averaged
 
 
 def _frozen(running):

@@ -124,7 +124,7 @@ class Stride:
     stride: int = 3
 
     def __post_init__(self):
-        _check_int("sampling_stride", self.stride)
+        grouping_ops.check_count("sampling_stride", self.stride)
 
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
         """Return the stride: always the same."""
@@ -150,7 +150,7 @@ class Budget:
     rows_per_dim: int = 16
 
     def __post_init__(self):
-        _check_int("rows_per_dim", self.rows_per_dim)
+        grouping_ops.check_count("rows_per_dim", self.rows_per_dim)
 
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
         """Return the largest stride, at most `largest`, for which `rows_at(stride)` is enough; at least 1."""
@@ -175,7 +175,8 @@ class Interleaved:
     kind = "interleaved"
 
     def __post_init__(self):
-        grouping_ops.check_block_size(self.block_size)
+        grouping_ops.check_count("block_size", self.block_size)
+        grouping_ops.check_shared(self.shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,8 @@ class Contiguous:
     kind = "contiguous"
 
     def __post_init__(self):
-        grouping_ops.check_block_size(self.block_size)
+        grouping_ops.check_count("block_size", self.block_size)
+        grouping_ops.check_shared(self.shared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +218,8 @@ class Freeze:
     period: int = 1000
 
     def __post_init__(self):
-        _check_int("active_steps", self.active_steps)
+        grouping_ops.check_count("active_steps", self.active_steps)
+        grouping_ops.check_count("period", self.period)
         if self.period < self.active_steps:
             raise ValueError(
                 f"`period` must be at least `active_steps` {self.active_steps}, got {self.period}."
@@ -262,17 +265,35 @@ class WhiteningSpec:
     whiten: str
     freeze: Freeze | None
 
-    def __init__(self, **settings: Any):
+    def __init__(
+        self,
+        *,
+        root: Root | None = None,
+        sampling: Stride | Budget | None = None,
+        grouping: Interleaved | Contiguous | str | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.9,
+        whiten: str = "patches",
+        freeze: Freeze | tuple[int, int] | None = None,
+        block_size: int | None = None,
+        shared_whitener: bool | None = None,
+        sampling_stride: int | None = None,
+        method: str | None = None,
+        num_iters: int | None = None,
+        freeze_schedule: Freeze | tuple[int, int] | None = None,
+    ):
+        given = {name: value for name, value in locals().items() if value is not None}
+        del given["self"]
         defaults = {
             "root": NewtonSchulz(),
             "sampling": Stride(),
             "grouping": Interleaved(),
-            "eps": 1e-5,
-            "momentum": 0.9,
-            "whiten": "patches",
+            "eps": eps,
+            "momentum": momentum,
+            "whiten": whiten,
             "freeze": None,
         }
-        for name, value in _resolve(defaults, settings).items():
+        for name, value in _resolve(defaults, given).items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -293,32 +314,42 @@ class WhiteningSpec:
 def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Lay settings, flat ones included, over a complete set of strategies, and check the result."""
     flat = dict(settings)
+    for strategy, shorthands in _SHORTHANDS.items():
+        for name in shorthands:
+            if name in flat and strategy in flat and not isinstance(flat[strategy], str):
+                raise ValueError(
+                    f"`{name}` is shorthand for a part of `{strategy}`; give one, got {flat[name]!r} and "
+                    f"{flat[strategy]!r}."
+                )
     result = current | {name: flat.pop(name) for name in tuple(flat) if name in current}
     if isinstance(result["grouping"], str):
         result["grouping"] = _named_grouping(result["grouping"], current["grouping"])
-
-    if "block_size" in flat:
-        result["grouping"] = dataclasses.replace(
-            result["grouping"], block_size=flat.pop("block_size")
-        )
-    if "shared_whitener" in flat:
-        result["grouping"] = dataclasses.replace(
-            result["grouping"], shared=bool(flat.pop("shared_whitener"))
-        )
+    changes = {"block_size": "block_size", "shared_whitener": "shared"}
+    changes = {changes[name]: flat.pop(name) for name in tuple(flat) if name in changes}
+    if changes:
+        result["grouping"] = dataclasses.replace(result["grouping"], **changes)
     if "sampling_stride" in flat:
         result["sampling"] = Stride(flat.pop("sampling_stride"))
+    if "num_iters" in flat:
+        result["root"] = _with_num_iters(result["root"], flat.pop("num_iters"), "method" in flat)
     if "method" in flat:
         result["root"] = _named_root(flat.pop("method"), result["root"])
-    if "num_iters" in flat:
-        result["root"] = _with_num_iters(result["root"], flat.pop("num_iters"))
     if "freeze_schedule" in flat:
         result["freeze"] = flat.pop("freeze_schedule")
-    if isinstance(result["freeze"], tuple):
+    if isinstance(result["freeze"], tuple) and len(result["freeze"]) == 2:
         result["freeze"] = Freeze(*result["freeze"])
     if flat:
         raise TypeError(f"WhiteningSpec has no setting {sorted(flat)[0]!r}.")
     _check(result)
     return result
+
+
+_SHORTHANDS = {
+    "root": ("method", "num_iters"),
+    "sampling": ("sampling_stride",),
+    "grouping": ("block_size", "shared_whitener"),
+    "freeze": ("freeze_schedule",),
+}
 
 
 def _named_grouping(kind: str, current: Interleaved | Contiguous) -> Interleaved | Contiguous:
@@ -331,17 +362,27 @@ def _named_root(method: str, current: Root) -> Root:
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
     strategy = {"newton_schulz": NewtonSchulz, "chebyshev": Chebyshev, "eigh": Eigh}[method]
-    return current if isinstance(current, strategy) else strategy()
+    if isinstance(current, strategy):
+        return current
+    if strategy is not Eigh and isinstance(current, NewtonSchulz | Chebyshev):
+        return strategy(num_iters=current.num_iters)
+    return strategy()
 
 
-def _with_num_iters(root: Root, num_iters: int) -> Root:
+def _with_num_iters(root: Root, num_iters: int, named: bool) -> Root:
+    """`num_iters` beside a method that has no use for it is ignored, as in `ops.inverse_sqrt`."""
     roots.check_num_iters(num_iters)
-    if not isinstance(root, (NewtonSchulz, Chebyshev)):
-        raise ValueError(f"`num_iters`={num_iters} has no meaning for {root!r}; leave it out.")
-    return dataclasses.replace(root, num_iters=num_iters)
+    if isinstance(root, NewtonSchulz | Chebyshev):
+        return dataclasses.replace(root, num_iters=num_iters)
+    if named:
+        return NewtonSchulz(num_iters)
+    raise ValueError(f"`num_iters`={num_iters} has no meaning for {root!r}; leave it out.")
 
 
 def _check(settings: dict[str, Any]) -> None:
+    for name in ("eps", "momentum"):
+        if not isinstance(settings[name], (int, float, np.number)):
+            raise TypeError(f"`{name}` must be a number, got {settings[name]!r}.")
     if not settings["eps"] > 0:
         raise ValueError(f"`eps` must be greater than 0, got {settings['eps']}.")
     if not 0 <= settings["momentum"] < 1:
@@ -350,19 +391,15 @@ def _check(settings: dict[str, Any]) -> None:
         )
     if settings["whiten"] not in WHITEN:
         raise ValueError(f"`whiten` must be one of {WHITEN}, got {settings['whiten']!r}.")
-    for name, kinds in {
-        "sampling": (Stride, Budget),
-        "grouping": (Interleaved, Contiguous),
-        "freeze": (Freeze, type(None)),
-    }.items():
+    for name, kinds, what in (
+        ("sampling", (Stride, Budget), "`Stride(...)` or `Budget(...)`"),
+        ("grouping", (Interleaved, Contiguous), "`Interleaved(...)` or `Contiguous(...)`"),
+        ("freeze", (Freeze, type(None)), "`Freeze(active_steps, period)`, a pair of ints or None"),
+    ):
         if not isinstance(settings[name], kinds):
-            raise TypeError(f"`{name}` must be a strategy, got {settings[name]!r}.")
-    if not callable(settings["root"]):
-        raise TypeError(f"`root` must be a strategy, got {settings['root']!r}.")
-
-
-def _check_int(name: str, value: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise TypeError(f"`{name}` must be {what}, got {settings[name]!r}.")
+    if isinstance(settings["root"], type) or not callable(settings["root"]):
+        raise TypeError(
+            f"`root` must be `NewtonSchulz(...)` or its like, a function of matrices, got "
+            f"{settings['root']!r}."
+        )
