@@ -25,7 +25,8 @@ from netdeconv_jax.whitening.conv import (
     dense_groups,
 )
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running
-from netdeconv_jax.whitening.spec import Contiguous, Freeze, WhiteningSpec
+from netdeconv_jax.whitening.spec import WhiteningSpec
+from netdeconv_jax.whitening.strategies import Contiguous, Freeze
 
 _default_kernel_init = nn.initializers.lecun_normal()
 

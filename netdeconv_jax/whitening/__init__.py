@@ -1,6 +1,7 @@
 """How to whiten (`WhiteningSpec`) and one pure forward per kind of layer, shared by every Flax API."""
 
-from netdeconv_jax.whitening.spec import (
+from netdeconv_jax.whitening.spec import WhiteningSpec
+from netdeconv_jax.whitening.strategies import (
     Budget,
     Chebyshev,
     Contiguous,
@@ -9,7 +10,6 @@ from netdeconv_jax.whitening.spec import (
     Interleaved,
     NewtonSchulz,
     Stride,
-    WhiteningSpec,
 )
 
 __all__ = [

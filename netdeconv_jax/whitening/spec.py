@@ -1,229 +1,26 @@
 """How to whiten, as data: a frozen, hashable `WhiteningSpec` made of strategies."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import numpy as np
 
 from netdeconv_jax.ops import grouping as grouping_ops
-from netdeconv_jax.ops import polynomial, roots
+from netdeconv_jax.ops import roots
 from netdeconv_jax.ops.inverse_sqrt import METHODS
+from netdeconv_jax.whitening.strategies import (
+    Budget,
+    Chebyshev,
+    Contiguous,
+    Eigh,
+    Freeze,
+    Interleaved,
+    NewtonSchulz,
+    Root,
+    Stride,
+)
 
 WHITEN = ("patches", "channels")
-
-
-class Root(Protocol):
-    """An inverse square root of symmetric positive definite matrices [..., d, d]."""
-
-    @property
-    def products(self) -> int:
-        """How many matrix products it takes, or their worth."""
-        ...
-
-    def __call__(self, cov: jax.Array) -> jax.Array:
-        """Return D ~ cov^(-1/2)."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class NewtonSchulz:
-    """The paper's truncated iteration: `ops.newton_schulz`.
-
-    Source: Ye et al. 2020, section 3.5.
-
-    Example:
-      >>> from netdeconv_jax.whitening import NewtonSchulz
-      >>> NewtonSchulz(num_iters=15)
-      NewtonSchulz(num_iters=15)
-    """
-
-    num_iters: int = 5
-
-    def __post_init__(self):
-        roots.check_num_iters(self.num_iters)
-
-    def __call__(self, cov: jax.Array) -> jax.Array:
-        """Return the inverse square root after `num_iters` steps."""
-        return roots.newton_schulz(cov, num_iters=self.num_iters)
-
-    @property
-    def products(self) -> int:
-        """How many matrix products it takes."""
-        return 3 * self.num_iters - 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Chebyshev:
-    """What `num_iters` steps give, to a relative `tol`, in half the products: `ops.chebyshev`.
-
-    Source: ours.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Chebyshev
-      >>> Chebyshev(tol=2e-3)
-      Chebyshev(tol=0.002, num_iters=5)
-    """
-
-    tol: float = 1e-4
-    num_iters: int = 5
-
-    def __post_init__(self):
-        polynomial.chebyshev_coefficients(self.num_iters, float(self.tol))
-
-    def __call__(self, cov: jax.Array) -> jax.Array:
-        """Return the inverse square root."""
-        return polynomial.chebyshev(cov, num_iters=self.num_iters, tol=self.tol)
-
-    @property
-    def products(self) -> int:
-        """How many matrix products it takes."""
-        return polynomial.products(self.num_iters, float(self.tol))
-
-
-@dataclasses.dataclass(frozen=True)
-class Eigh:
-    """The exact root, with a ridge relative to the Frobenius norm: `ops.eigh`.
-
-    Source: ours.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Eigh
-      >>> Eigh(ridge=1e-2)
-      Eigh(ridge=0.01)
-    """
-
-    ridge: float = 0.0
-
-    def __post_init__(self):
-        roots.check_ridge(self.ridge)
-
-    def __call__(self, cov: jax.Array) -> jax.Array:
-        """Return the exact inverse square root of `cov` with the ridge added."""
-        return roots.eigh(cov, ridge=self.ridge)
-
-    @property
-    def products(self) -> int:
-        """What an eigendecomposition is worth in matrix products, about."""
-        return 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Stride:
-    """Statistics from patches on a grid `stride` times as coarse as the convolution's.
-
-    Source: `sampling_stride` of the original code.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Stride
-      >>> Stride(5)
-      Stride(stride=5)
-    """
-
-    stride: int = 3
-
-    def __post_init__(self):
-        grouping_ops.check_count("sampling_stride", self.stride)
-
-    def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
-        """Return the stride: always the same."""
-        del rows_at, width, largest
-        return self.stride
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """Statistics from the coarsest grid that still gives `rows_per_dim` samples per whitened dimension.
-
-    A fixed stride takes far more samples than it needs in early layers, and can take fewer than there are
-    dimensions in late ones.
-
-    Source: ours.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Budget
-      >>> Budget(4).choose(lambda stride: 1000 // stride**2, width=27, largest=9)
-      3
-    """
-
-    rows_per_dim: int = 16
-
-    def __post_init__(self):
-        grouping_ops.check_count("rows_per_dim", self.rows_per_dim)
-
-    def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
-        """Return the largest stride, at most `largest`, for which `rows_at(stride)` is enough; at least 1."""
-        enough = self.rows_per_dim * width
-        return max((s for s in range(1, largest + 1) if rows_at(s) >= enough), default=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Interleaved:
-    """Groups as in the original code: neighbouring columns of a patch fall into different groups.
-
-    Source: the original code.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Interleaved
-      >>> Interleaved(16)
-      Interleaved(block_size=16, shared=True)
-    """
-
-    block_size: int = 64
-    shared: bool = True
-    kind = "interleaved"
-
-    def __post_init__(self):
-        grouping_ops.check_count("block_size", self.block_size)
-        grouping_ops.check_shared(self.shared)
-
-
-@dataclasses.dataclass(frozen=True)
-class Contiguous:
-    """Groups as in the paper's text: neighbouring channels are whitened together.
-
-    Source: Ye et al. 2020, section 3.5; `shared=False` is ours.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Contiguous
-      >>> Contiguous(16, shared=False)
-      Contiguous(block_size=16, shared=False)
-    """
-
-    block_size: int = 64
-    shared: bool = True
-    kind = "contiguous"
-
-    def __post_init__(self):
-        grouping_ops.check_count("block_size", self.block_size)
-        grouping_ops.check_shared(self.shared)
-
-
-@dataclasses.dataclass(frozen=True)
-class Freeze:
-    """Compute statistics in the first `active_steps` of every `period`; use the running ones in the rest.
-
-    The original's stems compute them in steps 0 to 100 of every thousand: the defaults.
-
-    Source: `freeze` and `freeze_iter` of the original code.
-
-    Example:
-      >>> from netdeconv_jax.whitening import Freeze
-      >>> Freeze()
-      Freeze(active_steps=101, period=1000)
-    """
-
-    active_steps: int = 101
-    period: int = 1000
-
-    def __post_init__(self):
-        grouping_ops.check_count("active_steps", self.active_steps)
-        grouping_ops.check_count("period", self.period)
-        if self.period < self.active_steps:
-            raise ValueError(
-                f"`period` must be at least `active_steps` {self.active_steps}, got {self.period}."
-            )
 
 
 @dataclasses.dataclass(frozen=True, init=False)
