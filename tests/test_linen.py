@@ -370,6 +370,12 @@ def test_a_method_keeps_the_number_of_iterations_where_it_has_one():
     assert spec.replace(method="chebyshev").root == Chebyshev(num_iters=15)
     assert spec.replace(method="chebyshev").replace(method="newton_schulz") == spec
     assert DeconvConv(8, 3, method="eigh", num_iters=5).resolved_spec().root == Eigh()
+    assert DeconvConv(8, 3, method="chebyshev", num_iters=3).resolved_spec().root == Chebyshev(
+        num_iters=3
+    )
+    ridged = WhiteningSpec(root=Eigh(ridge=0.01))
+    assert ridged.replace(method="eigh", num_iters=5) == ridged
+    assert ridged.replace(method="newton_schulz", num_iters=7).root == NewtonSchulz(7)
 
 
 def test_keywords_override_the_spec_and_both_spellings_of_eps_are_known():

@@ -11,12 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from netdeconv_jax.ops.roots import (
     check_num_iters,
     check_square,
     frobenius_norm,
+    highest_matmul,
     identity_like,
     newton_schulz,
 )
@@ -152,7 +152,7 @@ def _evaluate(x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...]) -> 
     powers = [eye, x]
     for k in range(2, m + 1):  # T_(i+j) = 2 T_i T_j - T_|i-j|
         i, j = (k + 1) // 2, k // 2
-        powers.append(2 * _matmul(powers[i], powers[j]) - powers[i - j])
+        powers.append(2 * highest_matmul(powers[i], powers[j]) - powers[i - j])
 
     def q(j: int) -> jax.Array:
         return sum(
@@ -168,8 +168,8 @@ def _evaluate(x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...]) -> 
     else:
         above, here = jnp.zeros_like(eye), q(top)
     for j in range(top - 1, 0, -1):
-        above, here = here, q(j) + 2 * _matmul(powers[m], here) - above
-    return q(0) + _matmul(powers[m], here) - above
+        above, here = here, q(j) + 2 * highest_matmul(powers[m], here) - above
+    return q(0) + highest_matmul(powers[m], here) - above
 
 
 def _split(coefficients: np.ndarray, m: int) -> np.ndarray:
@@ -185,7 +185,3 @@ def _split(coefficients: np.ndarray, m: int) -> np.ndarray:
             rows[j, i] = 2 * rest[k]
             rest[j * m - i] -= rest[k]
     return rows
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

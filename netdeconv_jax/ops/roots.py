@@ -44,10 +44,10 @@ def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
     norm = frobenius_norm(cov)[..., None, None]
     y, z = cov / norm, None
     for step in range(num_iters):
-        t = 1.5 * eye - 0.5 * (y if z is None else _matmul(z, y))
-        z = t if z is None else _matmul(t, z)
+        t = 1.5 * eye - 0.5 * (y if z is None else highest_matmul(z, y))
+        z = t if z is None else highest_matmul(t, z)
         if step < num_iters - 1:
-            y = _matmul(y, t)
+            y = highest_matmul(y, t)
     assert z is not None
     return z / jnp.sqrt(norm)
 
@@ -112,7 +112,8 @@ def identity_like(a: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def highest_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply at HIGHEST precision: long iterations break under TF32 and bfloat16."""
     return jnp.matmul(a, b, precision=_HIGHEST)
 
 
@@ -132,15 +133,15 @@ def frobenius_norm(a: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _eigh_inverse_sqrt(a: jax.Array) -> jax.Array:
     values, vectors = _eigh_floored(a)
-    return _matmul(vectors * lax.rsqrt(values)[..., None, :], jnp.swapaxes(vectors, -1, -2))
+    return highest_matmul(vectors * lax.rsqrt(values)[..., None, :], jnp.swapaxes(vectors, -1, -2))
 
 
 @_eigh_inverse_sqrt.defjvp
 def _(primals, tangents):
     (a,), (da,) = primals, tangents
     d = _eigh_inverse_sqrt(a)
-    root = _matmul(a, d)
-    dd = -_matmul(_matmul(d, _solve_sylvester(root, da)), d)
+    root = highest_matmul(a, d)
+    dd = -highest_matmul(highest_matmul(d, _solve_sylvester(root, da)), d)
     return d, dd
 
 
@@ -150,11 +151,13 @@ def _solve_sylvester(root: jax.Array, b: jax.Array) -> jax.Array:
     denominator = values[..., :, None] + values[..., None, :]
 
     def solve(_, b):
-        inner = _matmul(_matmul(jnp.swapaxes(vectors, -1, -2), b), vectors) / denominator
-        return _matmul(_matmul(vectors, inner), jnp.swapaxes(vectors, -1, -2))
+        inner = (
+            highest_matmul(highest_matmul(jnp.swapaxes(vectors, -1, -2), b), vectors) / denominator
+        )
+        return highest_matmul(highest_matmul(vectors, inner), jnp.swapaxes(vectors, -1, -2))
 
     return lax.custom_linear_solve(
-        lambda x: _matmul(root, x) + _matmul(x, root), b, solve, symmetric=True
+        lambda x: highest_matmul(root, x) + highest_matmul(x, root), b, solve, symmetric=True
     )
 
 

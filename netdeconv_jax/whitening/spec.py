@@ -127,10 +127,11 @@ def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
         result["grouping"] = dataclasses.replace(result["grouping"], **changes)
     if "sampling_stride" in flat:
         result["sampling"] = Stride(flat.pop("sampling_stride"))
-    if "num_iters" in flat:
-        result["root"] = _with_num_iters(result["root"], flat.pop("num_iters"), "method" in flat)
-    if "method" in flat:
+    named = "method" in flat
+    if named:
         result["root"] = _named_root(flat.pop("method"), result["root"])
+    if "num_iters" in flat:
+        result["root"] = _with_num_iters(result["root"], flat.pop("num_iters"), named)
     if "freeze_schedule" in flat:
         result["freeze"] = flat.pop("freeze_schedule")
     if isinstance(result["freeze"], tuple) and len(result["freeze"]) == 2:
@@ -172,7 +173,7 @@ def _with_num_iters(root: Root, num_iters: int, named: bool) -> Root:
     if isinstance(root, NewtonSchulz | Chebyshev):
         return dataclasses.replace(root, num_iters=num_iters)
     if named:
-        return NewtonSchulz(num_iters)
+        return root
     raise ValueError(f"`num_iters`={num_iters} has no meaning for {root!r}; leave it out.")
 
 
