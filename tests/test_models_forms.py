@@ -105,7 +105,7 @@ def test_a_narrow_network_trains_and_evaluates_on_eight_devices(name, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", slow_unless(["lenet", "vgg11"]))
+@pytest.mark.parametrize("name", slow_unless(REPRESENTATIVES))
 def test_a_narrow_network_trains_and_evaluates_in_bfloat16(name, norm):
     model, variables, x, labels = small(name, norm, dtype=jnp.bfloat16)
     check_step(model, norm, variables, x, labels)
