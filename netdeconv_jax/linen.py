@@ -3,6 +3,19 @@
 Every module here declares variables, calls the pure forward in `netdeconv_jax.whitening`, stores the running
 statistics (not while initializing) and returns. The file is long because every field is documented here,
 where users look; its code is short.
+
+In training, a collection `moments` stands between the batch and the running statistics:
+
+| `moments` | output is whitened by | stored |
+|---|---|---|
+| absent | the batch's | `batch_stats`: one step with the batch's |
+| mutable | the batch's | `moments`: the batch's merged with those given; if mutable, `batch_stats` too |
+| given, not mutable | the given | `batch_stats`: one step with the given |
+
+So k microbatches that are passed with `mutable=["moments"]`, each on top of the last, and one pass with their
+moments make one step of the running statistics, that of the whole batch. The output of the last pass has no
+use: under `jit` it costs nothing, only the roots are left. `interop.accumulate` does all that.
+Where a freeze schedule uses the running statistics no moments are taken: the count stays what it was.
 """
 
 import dataclasses
@@ -16,17 +29,21 @@ from flax.linen.dtypes import promote_dtype
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.grouping import check_count
-from netdeconv_jax.whitening.channel import ChannelRunning, channel_deconv
-from netdeconv_jax.whitening.conv import (
+from netdeconv_jax.whitening.channel import ChannelRunning, channel_block, channel_deconv
+from netdeconv_jax.whitening.conv import conv_groups, deconv_conv, deconv_dense, dense_groups
+from netdeconv_jax.whitening.layer import (
+    check_channel_mean,
     check_input,
-    conv_groups,
-    deconv_conv,
-    deconv_dense,
-    dense_groups,
+    check_kernel,
+    check_mean,
+    layer_spec,
+    running_average_wanted,
+    statistics_dtype,
 )
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running
 from netdeconv_jax.whitening.spec import WhiteningSpec
 from netdeconv_jax.whitening.strategies import Contiguous, Freeze
+from netdeconv_jax.whitening.transposed import deconv_conv_transpose, transposed_shape
 
 _default_kernel_init = nn.initializers.lecun_normal()
 
@@ -55,36 +72,16 @@ class _Whitened(nn.Module):
     @nn.nowrap
     def resolved_spec(self) -> WhiteningSpec:
         """Return `spec`, or the layer's defaults, with the keywords that were given laid over it."""
-        spec = getattr(self, "spec", None)
-        if spec is not None and not isinstance(spec, WhiteningSpec):
-            raise TypeError(f"`spec` must be a WhiteningSpec, got {spec!r}.")
-        return (self._defaults if spec is None else spec).replace(**self._overrides())
-
-    @nn.nowrap
-    def _overrides(self) -> dict[str, Any]:
-        """The settings that were given as keywords, under the names of `WhiteningSpec.replace`."""
-        if self.eps is not None and self.epsilon is not None:
-            raise ValueError(
-                f"`epsilon` is another name for `eps`; give one, got {self.epsilon} and {self.eps}."
-            )
         names = (
-            "block_size num_iters momentum sampling_stride whiten grouping shared_whitener method "
-            "freeze_schedule"
+            "eps epsilon block_size num_iters momentum sampling_stride whiten grouping shared_whitener "
+            "method freeze_schedule"
         )
-        values = {name: getattr(self, name, None) for name in names.split()}
-        values["eps"] = self.epsilon if self.eps is None else self.eps
-        return {name: value for name, value in values.items() if value is not None}
+        settings = {name: getattr(self, name, None) for name in names.split()}
+        return layer_spec(getattr(self, "spec", None), self._defaults, **settings)
 
     @nn.nowrap
     def _merge_use_running_average(self, argument: bool | None) -> bool:
-        given = self.use_running_average
-        if (given is None) == (argument is None):
-            often = "neither" if given is None else "both"
-            raise ValueError(
-                "`use_running_average` must be given to the constructor or in the call, not to "
-                f"{often}; got {given} there and {argument} here."
-            )
-        return bool(argument if given is None else given)
+        return running_average_wanted(self.use_running_average, argument, overrides=False)
 
     @property
     def _reduction(self) -> Reduction:
@@ -92,9 +89,48 @@ class _Whitened(nn.Module):
             return LOCAL
         return Reduction(self.axis_name, self.axis_index_groups)
 
+    @nn.nowrap
+    def _declare_moments(
+        self, shape: tuple[int, ...], evaluating: bool, prefix: str = ""
+    ) -> tuple[ops.Moments | None, ops.Moments | None, Callable[[ops.Moments | None], None]]:
+        """Return the moments that stand in for the batch's, those to add the batch's to, and what stores.
+
+        At most one of the two is not None. `shape` is that of the mean.
+        """
+
+        def store(moments: ops.Moments | None) -> None:
+            if moments is not None:
+                for field in dataclasses.fields(moments):
+                    value = getattr(moments, field.name)
+                    self.put_variable("moments", prefix + field.name, value)
+
+        if evaluating or self.is_initializing():
+            return None, None, store
+        have = None
+        if self.has_variable("moments", f"{prefix}mean"):
+            names = (f"{prefix}{field.name}" for field in dataclasses.fields(ops.Moments))
+            have = ops.Moments(*(self.get_variable("moments", name) for name in names))
+            if have.mean.shape != shape:
+                raise ValueError(
+                    f"`moments` hold a {prefix}mean of shape {have.mean.shape}, this layer needs {shape}: "
+                    "they come from another layer or other settings."
+                )
+        if not self.is_mutable_collection("moments"):
+            return have, None, store
+        return None, ops.Moments.none(shape, self._stats_dtype) if have is None else have, store
+
+    @nn.nowrap
+    def _stores_running(self, evaluating: bool) -> bool:
+        """Whether running statistics are to be updated: not in a pass that only collects moments."""
+        if evaluating or self.is_initializing():
+            return False
+        return self.is_mutable_collection("batch_stats") or not self.is_mutable_collection(
+            "moments"
+        )
+
     @property
     def _stats_dtype(self) -> Any:
-        return jnp.promote_types(jnp.float32, self.param_dtype)
+        return statistics_dtype(self.param_dtype)
 
 
 class _Deconvolved(_Whitened):
@@ -112,49 +148,48 @@ class _Deconvolved(_Whitened):
     freeze_schedule: Freeze | tuple[int, int] | None = None
 
     @nn.nowrap
-    def _declare_params(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | None]:
-        check_count("features", shape[-1])
+    def _declare_params(
+        self, shape: tuple[int, ...], transpose_kernel: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        features, inputs = (-2, -1) if transpose_kernel else (-1, -2)
+        check_count("features", shape[features])
         if self.has_variable("params", "kernel"):
             have = jnp.shape(nn.unbox(self.get_variable("params", "kernel")))
-            if have[-2] != shape[-2]:
-                raise ValueError(
-                    f"`x` has {shape[-2]} input channels (in a feature group), but this layer's kernel was "
-                    f"initialized for {have[-2]}: its shape is {have}."
-                )
+            check_kernel(have, shape[inputs], axis=inputs)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if not self.use_bias:
             return kernel, None
-        return kernel, self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
+        return kernel, self.param("bias", self.bias_init, (shape[features],), self.param_dtype)
 
     @nn.nowrap
     def _declare_running(
-        self, groups: ops.ColumnGroups, evaluating: bool
-    ) -> tuple[Running, Callable[[Running], None]]:
-        """Declare the running statistics; return them and the function that stores new ones."""
+        self, shape: tuple[int, ...], evaluating: bool
+    ) -> tuple[Running, ops.Moments | None, Callable[[Running], None]]:
+        """Declare the running statistics, with a mean of `shape`.
+
+        Return them, given moments, and what stores new ones.
+        """
         counted = self.resolved_spec().freeze is not None
         if evaluating and not self.has_variable("batch_stats", "step"):
             counted = counted and self.is_initializing()  # evaluation never reads the count
-        shape = (*groups.stat_shape, groups.width)
         if self.has_variable("batch_stats", "mean"):
-            have = jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
-            if have != shape:
-                raise ValueError(
-                    f"`batch_stats` hold a mean of shape {have}, this layer needs {shape}: they come from "
-                    "another `block_size`, `whiten`, `grouping` or `shared_whitener`."
-                )
+            check_mean(jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean"))), shape)
         start = Running.start(shape, self._stats_dtype, counted=counted)
         mean = self.variable("batch_stats", "mean", lambda: start.mean)
         whitener = self.variable("batch_stats", "whitener", lambda: start.whitener)
         step = self.variable("batch_stats", "step", lambda: start.step) if counted else None
 
         def store(running: Running) -> None:
-            if evaluating or self.is_initializing():
+            keep(running.moments)
+            if not self._stores_running(evaluating):
                 return
             mean.value, whitener.value = running.mean, running.whitener
             if step is not None:
                 step.value = running.step
 
-        return Running(mean.value, whitener.value, step.value if step is not None else None), store
+        given, so_far, keep = self._declare_moments(shape, evaluating)
+        count = step.value if step is not None else None
+        return Running(mean.value, whitener.value, count, so_far), given, store
 
 
 class DeconvConv(_Deconvolved):
@@ -166,7 +201,8 @@ class DeconvConv(_Deconvolved):
     Variables: `params` holds `kernel` [*kernel_size, in / feature_group_count, features] and `bias`
     [features]; `batch_stats` holds `mean` and `whitener` in `promote_types(float32, param_dtype)` whatever
     the compute `dtype` (their column order is private), and `step` with a `freeze_schedule`. Before any
-    statistics exist they are 0 and the identity, so that evaluation is a plain convolution.
+    statistics exist they are 0 and the identity, so that evaluation is a plain convolution. `moments`, where
+    it is mutable or given, holds `count`, `mean` and `cov` of microbatches: see the head of this file.
 
     Attributes:
       features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count,
@@ -254,7 +290,7 @@ class DeconvConv(_Deconvolved):
         groups = conv_groups(spec, x.shape[-1], geometry.taps, self.feature_group_count)
         shape = (*geometry.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
         kernel, bias = self._declare_params(shape)
-        running, store = self._declare_running(groups, use_running_average)
+        running, moments, store = self._declare_running(groups.mean_shape, use_running_average)
         promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, running = deconv_conv(
             x,
@@ -266,10 +302,118 @@ class DeconvConv(_Deconvolved):
             feature_group_count=self.feature_group_count,
             use_running_average=use_running_average,
             mask=mask,
+            moments=moments,
             reduction=self._reduction,
             dtype=promoted.dtype,
             precision=self.precision,
             conv_general_dilated=self.conv_general_dilated,
+        )
+        store(running)
+        return y
+
+
+class DeconvConvTranspose(_Deconvolved):
+    """A transposed convolution of whitened patches, in place of `nn.ConvTranspose` and `nn.BatchNorm`.
+
+    With strides s an output pixel sees a pixel under every s-th tap only, and which ones depends on its
+    place modulo s. What is whitened is the patch of pixels that it does see, without the zeros between them:
+    each of these phases has a mean and a whitener of its own, so that no pattern of period s is left of the
+    input's mean. With strides of 1 there is one phase, and the layer is a `DeconvConv`.
+
+    Variables: `params` holds `kernel` [*kernel_size, in, features], or [*kernel_size, features, in] with
+    `transpose_kernel`, and `bias` [features]; `batch_stats` as `DeconvConv`, with a leading axis of phases
+    (none with `whiten="channels"`, where one whitener serves all taps of all phases).
+
+    Attributes:
+      features, kernel_size, strides, padding, kernel_dilation, use_bias, dtype, param_dtype, precision,
+        kernel_init, bias_init, transpose_kernel, promote_dtype, preferred_element_type: as
+        `nn.ConvTranspose`.
+      use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; statistics see
+        every `sampling_stride`-th window of each phase.
+
+    Source: ours.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from netdeconv_jax import DeconvConvTranspose
+      >>> layer, x = DeconvConvTranspose(8, (4, 4), strides=2), jnp.ones((2, 8, 8, 3))
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=True)
+      >>> y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> y.shape, updates["batch_stats"]["whitener"].shape
+      ((2, 16, 16, 8), (4, 12, 12))
+    """
+
+    _defaults: ClassVar = WhiteningSpec()
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = None
+    _: dataclasses.KW_ONLY
+    padding: ops.Padding = "SAME"
+    kernel_dilation: int | Sequence[int] | None = None
+    transpose_kernel: bool = False
+    preferred_element_type: Any = None
+    sampling_stride: int | None = None
+    whiten: str | None = None
+    grouping: str | None = None
+
+    @nn.nowrap
+    def effective_block(self, channels: int) -> int:
+        """Return the channels whitened together, of `channels` input channels."""
+        return conv_groups(self.resolved_spec(), channels, 1).width
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Whiten and convolve.
+
+        Args:
+          x: [*batch, *spatial, channels] with any number of batch axes, as in `nn.ConvTranspose`.
+          use_running_average: see the attribute.
+          mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1].
+        Returns:
+          [*batch, *out, features].
+        Raises:
+          ValueError: wrong rank, no channels, channels that do not fit the kernel, or `use_running_average`
+            given twice or never.
+          TypeError: `x` is not floating point.
+        """
+        use_running_average = self._merge_use_running_average(use_running_average)
+        spec = self.resolved_spec()
+        geometry = ops.transposed(
+            self.kernel_size,
+            self.strides,
+            self.padding,
+            self.kernel_dilation,
+            self.transpose_kernel,
+        )
+        check_input(x, min_ndim=geometry.ndim + 1)
+        ends = (x.shape[-1], self.features)
+        shape = (*geometry.kernel_size, *(ends[::-1] if self.transpose_kernel else ends))
+        kernel, bias = self._declare_params(shape, self.transpose_kernel)
+        running, moments, store = self._declare_running(
+            transposed_shape(spec, x.shape[-1], geometry), use_running_average
+        )
+        promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y, running = deconv_conv_transpose(
+            x,
+            kernel,
+            bias,
+            running,
+            geometry=geometry,
+            spec=spec,
+            use_running_average=use_running_average,
+            mask=mask,
+            moments=moments,
+            reduction=self._reduction,
+            dtype=promoted.dtype,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
         )
         store(running)
         return y
@@ -310,7 +454,7 @@ class DeconvDense(_Deconvolved):
     @nn.nowrap
     def effective_block(self, features: int) -> int:
         """Return the features whitened together, of `features` input features."""
-        return ops.effective_block(features, self.resolved_spec().grouping.block_size)
+        return dense_groups(self.resolved_spec(), features).width
 
     @nn.compact
     def __call__(
@@ -337,7 +481,8 @@ class DeconvDense(_Deconvolved):
         spec = self.resolved_spec()
         check_input(x, min_ndim=1)
         kernel, bias = self._declare_params((x.shape[-1], self.features))
-        running, store = self._declare_running(dense_groups(spec, x.shape[-1]), use_running_average)
+        groups = dense_groups(spec, x.shape[-1])
+        running, moments, store = self._declare_running(groups.mean_shape, use_running_average)
         promoted, *_ = self.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y, running = deconv_dense(
             x,
@@ -347,6 +492,7 @@ class DeconvDense(_Deconvolved):
             spec=spec,
             use_running_average=use_running_average,
             mask=mask,
+            moments=moments,
             reduction=self._reduction,
             dtype=promoted.dtype,
             precision=self.precision,
@@ -362,7 +508,8 @@ class ChannelDeconv(_Whitened):
     Channels are divided into groups of `block_size` that share one whitener; what does not fill a group is
     standardized with one mean and one variance. It has no scale and no bias. Running statistics (`mean`,
     `whitener`, `rest_mean`, `rest_var`, `step`) start at the first batch; before it they are 0, the
-    identity, 0 and 1.
+    identity, 0 and 1. `moments` is as in `DeconvConv`, with `rest_count`, `rest_mean` and `rest_cov` where
+    channels are left over.
 
     Attributes:
       block_size: channels whitened together, all of them if there are fewer.
@@ -396,7 +543,7 @@ class ChannelDeconv(_Whitened):
     @nn.nowrap
     def effective_block(self, channels: int) -> int:
         """Return the channels whitened together, of `channels` input channels."""
-        return min(self.resolved_spec().grouping.block_size, check_count("channels", channels))
+        return channel_block(self.resolved_spec(), channels)
 
     @nn.compact
     def __call__(
@@ -424,30 +571,39 @@ class ChannelDeconv(_Whitened):
         block = self.effective_block(x.shape[-1])
         if self.has_variable("batch_stats", "mean"):
             have = jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
-            if have != (block,):
-                raise ValueError(
-                    f"`x` has {x.shape[-1]} channels, whitened {block} at a time, but this layer was "
-                    f"initialized for {have[0]} at a time."
-                )
+            check_channel_mean(have, block, x.shape[-1])
         start = ChannelRunning.start(block, self._stats_dtype)
         mean = self.variable("batch_stats", "mean", lambda: start.whitened.mean)
         whitener = self.variable("batch_stats", "whitener", lambda: start.whitened.whitener)
         step = self.variable("batch_stats", "step", lambda: start.whitened.step)
         rest_mean = self.variable("batch_stats", "rest_mean", lambda: start.rest_mean)
         rest_var = self.variable("batch_stats", "rest_var", lambda: start.rest_var)
+        given, so_far, keep = self._declare_moments((block,), use_running_average)
+        rest_given = rest_so_far = keep_rest = None
+        if x.shape[-1] % block:
+            rest_given, rest_so_far, keep_rest = self._declare_moments(
+                (1,), use_running_average, prefix="rest_"
+            )
         y, running = channel_deconv(
             x,
             ChannelRunning(
-                Running(mean.value, whitener.value, step.value), rest_mean.value, rest_var.value
+                Running(mean.value, whitener.value, step.value, so_far),
+                rest_mean.value,
+                rest_var.value,
+                rest_so_far,
             ),
             block=block,
             spec=self.resolved_spec(),
             use_running_average=use_running_average,
             mask=mask,
+            moments=None if given is None else (given, rest_given),
             reduction=self._reduction,
             dtype=self.dtype or jnp.promote_types(x.dtype, self.param_dtype),
         )
-        if not use_running_average and not self.is_initializing():
+        keep(running.whitened.moments)
+        if keep_rest is not None:
+            keep_rest(running.rest_moments)
+        if self._stores_running(use_running_average):
             mean.value, whitener.value = running.whitened.mean, running.whitened.whitener
             step.value = running.whitened.step
             rest_mean.value, rest_var.value = running.rest_mean, running.rest_var

@@ -1,5 +1,19 @@
-"""What leads out of and into the library: checkpoints of the original PyTorch project."""
+"""A trained model and the world around it: other people's checkpoints, files and training loops."""
 
+from netdeconv_jax.interop.batch_norm import merge_batch_norm
+from netdeconv_jax.interop.fold import FoldedModel, fold
+from netdeconv_jax.interop.microbatches import accumulate
+from netdeconv_jax.interop.recalibrate import recalibrate
 from netdeconv_jax.interop.torch_checkpoint import load_torch_checkpoint
+from netdeconv_jax.interop.weights import load_weights, save_weights
 
-__all__ = ["load_torch_checkpoint"]
+__all__ = [
+    "FoldedModel",
+    "accumulate",
+    "fold",
+    "load_torch_checkpoint",
+    "load_weights",
+    "merge_batch_norm",
+    "recalibrate",
+    "save_weights",
+]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from netdeconv_jax.models.cnn import CNN
 from netdeconv_jax.models.densenet import DenseNet, ImageNetDenseNet
 from netdeconv_jax.models.dpn import DPN
 from netdeconv_jax.models.efficientnet import EfficientNet
@@ -65,6 +66,7 @@ def _resnet(*blocks: int, block: Any = BasicBlock, kind: Any = ResNet) -> Callab
 _INFO = ModelList(
     linear=ModelInfo(Linear, 30_730, "one dense layer, for inputs of any shape"),
     mlp=ModelInfo(MLP, 427_658, "three hidden layers of 128 sigmoid units, any shape"),
+    cnn=ModelInfo(CNN, 66_218, "four convolutions, 32 to 64 features, any size"),
     lenet=ModelInfo(LeNet, 136_886, "LeNet-5 with ReLU, any size"),
     vgg11=ModelInfo(functools.partial(VGG, DEPTHS["vgg11"]), 9_225_610, "VGG, 8 convolutions"),
     vgg13=ModelInfo(functools.partial(VGG, DEPTHS["vgg13"]), 9_410_122, "VGG, 10 convolutions"),

@@ -9,11 +9,13 @@ from netdeconv_jax.ops.patches import Padding, Window, extract_patches, window
 from netdeconv_jax.ops.polynomial import chebyshev
 from netdeconv_jax.ops.roots import eigh, newton_schulz
 from netdeconv_jax.ops.sampling import every_nth
+from netdeconv_jax.ops.transposed import Transposed, transposed
 
 __all__ = [
     "ColumnGroups",
     "Moments",
     "Padding",
+    "Transposed",
     "Window",
     "chebyshev",
     "column_groups",
@@ -27,5 +29,6 @@ __all__ = [
     "newton_schulz",
     "patch_moments",
     "sampled_rows",
+    "transposed",
     "window",
 ]

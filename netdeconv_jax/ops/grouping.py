@@ -74,6 +74,11 @@ class ColumnGroups:
         """Leading axes of `mean` [*, width] and `whitener` [*, width, width]: none if all is shared."""
         return () if self.feature_groups == self.sets == 1 else (self.feature_groups * self.sets,)
 
+    @property
+    def mean_shape(self) -> tuple[int, ...]:
+        """Shape of `mean`: `stat_shape`, then the columns of a group."""
+        return (*self.stat_shape, self.width)
+
     def split(self, x: jax.Array) -> jax.Array:
         """Turn columns [..., n] into [..., feature_groups, sets, groups, width]."""
         lead, count = x.shape[:-1], self.sets * self.groups

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from netdeconv_jax.ops.gram import gram
 
 AxisName = str | Sequence[str]
 
@@ -39,6 +40,13 @@ class Moments:
     count: jax.Array
     mean: jax.Array
     cov: jax.Array
+
+    @staticmethod
+    def none(shape: Sequence[int], dtype: Any = jnp.float32) -> "Moments":
+        """Return the moments of no samples, whose mean has `shape` [..., d]: neutral in `merge`."""
+        shape = tuple(shape)
+        cov = jnp.zeros((*shape, shape[-1]), dtype)
+        return Moments(jnp.zeros(shape[:-1], dtype), jnp.zeros(shape, dtype), cov)
 
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of samples together."""
@@ -106,32 +114,17 @@ def moments(
     if weights is None:
         count = jnp.asarray(total, x.dtype)
         mean = jnp.sum(x, axes, keepdims=True) / total
-        centred = weighted = x - mean
-        norm = count
+        centred, norm = x - mean, count
     else:
         weights = jnp.broadcast_to(weights.astype(x.dtype), x.shape[:-1])[..., None]
         x = jnp.where(weights > 0, x, 0)
         kept = jnp.sum(weights, axes, keepdims=True)
         mean = jnp.sum(x * weights, axes, keepdims=True) / _at_least_one_sample(kept)
         centred = x - mean
-        weighted = centred * weights
         count = jnp.squeeze(kept, (*axes, x.ndim - 1))
         norm = _at_least_one_sample(count)[..., None, None]
-    cov = _contract(weighted, centred, axes) / norm
+    cov = gram(centred, weights, axes) / norm
     return Moments(count, jnp.squeeze(mean, axes), cov)
-
-
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    lead = tuple(i for i in range(a.ndim - 1) if i not in axes)
-    sharding = jax.typeof(a).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return lax.dot_general(
-        a,
-        b,
-        ((axes, axes), (lead, lead)),
-        precision=lax.Precision.HIGHEST,
-        out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None,
-    )
 
 
 def _outer(v: jax.Array) -> jax.Array:

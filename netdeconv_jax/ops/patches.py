@@ -118,9 +118,16 @@ class Window:
         *,
         feature_group_count: int = 1,
         precision: Any = None,
+        preferred_element_type: Any = None,
         conv_general_dilated: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
         """Convolve [batch, *spatial, channels] with a kernel [*kernel_size, channels / groups, features]."""
+        # Only passed on where it is given: a function of the user's need not know it.
+        preferred = (
+            {}
+            if preferred_element_type is None
+            else {"preferred_element_type": preferred_element_type}
+        )
         x = self.wrap(x)
         numbers = lax.ConvDimensionNumbers(
             lhs_spec=(0, x.ndim - 1, *range(1, x.ndim - 1)),
@@ -137,6 +144,7 @@ class Window:
             dimension_numbers=numbers,
             feature_group_count=feature_group_count,
             precision=precision,
+            **preferred,
         )
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from netdeconv_jax import ops
+from netdeconv_jax.ops.grouping import check_count
 from netdeconv_jax.ops.patch_moments import flat_position, full_mask
 from netdeconv_jax.whitening.running import (
     LOCAL,
@@ -22,6 +23,9 @@ from netdeconv_jax.whitening.running import (
 )
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
+# Of the whitened channels, and of the remaining ones if there are any.
+ChannelMoments = tuple[ops.Moments, ops.Moments | None]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +35,24 @@ class ChannelRunning:
     Attributes:
       whitened: mean [d], whitener [d, d] and the count of steps.
       rest_mean, rest_var: scalars; mean 0 and variance 1 before any statistics exist.
+      rest_moments: of the remaining channels, of mean [1], as `whitened.moments`; None without any.
     """
 
     whitened: Running
     rest_mean: jax.Array
     rest_var: jax.Array
+    rest_moments: ops.Moments | None = None
 
     @staticmethod
     def start(block: int, dtype: Any) -> "ChannelRunning":
         """Return the state before any statistics exist."""
         whitened = Running.start((block,), dtype, counted=True)
         return ChannelRunning(whitened, jnp.zeros((), dtype), jnp.ones((), dtype))
+
+
+def channel_block(spec: WhiteningSpec, channels: int) -> int:
+    """Return how many of `channels` channels are whitened together: all of them if a block holds more."""
+    return min(spec.grouping.block_size, check_count("channels", channels))
 
 
 def channel_deconv(
@@ -52,6 +63,7 @@ def channel_deconv(
     spec: WhiteningSpec,
     use_running_average: bool = False,
     mask: jax.Array | None = None,
+    moments: ChannelMoments | None = None,
     reduction: Reduction = LOCAL,
     dtype: Any = None,
 ) -> tuple[jax.Array, ChannelRunning]:
@@ -67,6 +79,7 @@ def channel_deconv(
       block: channels per group, 1 <= block <= channels.
       spec: root, sampling, eps and momentum are used; grouping is as above.
       use_running_average, reduction, dtype: as `deconv_conv`.
+      moments: of the whitened channels and of the rest, in place of the batch's.
       mask: weights >= 0, broadcastable to [batch, *spatial, 1].
     Returns:
       y, shape of `x`, in `dtype`; and the running statistics after this step.
@@ -82,32 +95,11 @@ def channel_deconv(
         mean, whitener = running.whitened.mean, running.whitened.whitener
         rest_mean, rest_var = running.rest_mean, running.rest_var
     else:
-        spatial, rows = x.shape[1:-1], reduction.devices() * math.prod(grouped.shape) // block
-        stride = spec.sampling.choose(
-            lambda stride: rows // _sampling_step(spatial, stride),
-            block,
-            largest=max(spatial, default=1),
-        )
-        step = _sampling_step(spatial, stride)
-        stats = running.whitened.mean.dtype
-        if mask is not None:
-            mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(len(x), -1)
-        moments = _grouped_moments(grouped, mask, step, reduction, stats)
-        rest_mean, rest_var = running.rest_mean, running.rest_var
-        if whole < channels:
-            rest_mean, rest_var = _mean_and_variance(
-                _rest_moments(rest, mask, step, reduction, stats)
-            )
-        batch = ChannelRunning(
-            Running(moments.mean, whitener_of(moments, spec), running.whitened.step),
-            rest_mean,
-            rest_var,
-        )
-        # A batch that is masked out altogether has no statistics: the running ones serve.
-        now = jax.tree.map(functools.partial(where_any, moments.count), batch, running)
+        if moments is None:
+            moments = _moments(x, grouped, rest, mask, spec, reduction, running.whitened.mean.dtype)
+        now, running = _step(running, moments, spec)
         mean, whitener = now.whitened.mean, now.whitened.whitener
         rest_mean, rest_var = now.rest_mean, now.rest_var
-        running = _averaged(running, now, moments.count, spec.momentum)
 
     y = grouped.astype(mean.dtype) - mean.reshape((1,) * (x.ndim - 1) + (block, 1))
     y = jnp.einsum(
@@ -120,6 +112,60 @@ def channel_deconv(
         left = (rest.astype(mean.dtype) - rest_mean) * lax.rsqrt(rest_var + spec.eps)
         y = jnp.concatenate([y, left.astype(dtype)], axis=-1)
     return y, running
+
+
+def _moments(x, grouped, rest, mask, spec, reduction, dtype) -> ChannelMoments:
+    """Moments of the whitened channels and of the rest, None where all channels are whitened."""
+    block, groups = grouped.shape[-2:]
+    spatial, rows = x.shape[1:-1], reduction.devices() * math.prod(x.shape[:-1]) * groups
+    stride = spec.sampling.choose(
+        lambda stride: rows // _sampling_step(spatial, stride),
+        block,
+        largest=max(spatial, default=1),
+    )
+    step = _sampling_step(spatial, stride)
+    if mask is not None:
+        mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(len(x), -1)
+    whitened = _grouped_moments(grouped, mask, step, reduction, dtype)
+    if not rest.shape[-1]:
+        return whitened, None
+    return whitened, _rest_moments(rest, mask, step, reduction, dtype)
+
+
+def _step(running, moments, spec):
+    """The statistics to use now, and the running ones after this step."""
+    whitened, rest = moments
+    rest_mean, rest_var = running.rest_mean, running.rest_var
+    if rest is not None:
+        rest_mean, rest_var = _mean_and_variance(rest)
+    batch = ChannelRunning(
+        Running(whitened.mean, whitener_of(whitened, spec), running.whitened.step),
+        rest_mean,
+        rest_var,
+    )
+    old = _without_moments(running)
+    # A batch that is masked out altogether has no statistics: the running ones serve.
+    now = jax.tree.map(functools.partial(where_any, whitened.count), batch, old)
+    after = _averaged(old, now, whitened.count, spec.momentum)
+    return now, _with_moments_of(after, running, moments)
+
+
+def _without_moments(running):
+    whitened = dataclasses.replace(running.whitened, moments=None)
+    return dataclasses.replace(running, whitened=whitened, rest_moments=None)
+
+
+def _with_moments_of(after, running, moments):
+    """`after`, with the moments of this batch added to those of `running` where it has any."""
+
+    def added(so_far, batch):
+        return None if so_far is None else so_far.merge(batch)
+
+    whitened = dataclasses.replace(
+        after.whitened, moments=added(running.whitened.moments, moments[0])
+    )
+    rest = added(running.rest_moments, moments[1])
+    return dataclasses.replace(after, whitened=whitened, rest_moments=rest)
 
 
 def _sampling_step(spatial: tuple[int, ...], stride: int) -> int:

@@ -14,18 +14,6 @@ from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistic
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
 
-def check_input(x: jax.Array, *, min_ndim: int) -> None:
-    """Raise unless `x` is floating point, has channels and at least `min_ndim` axes."""
-    if x.ndim < min_ndim:
-        raise ValueError(
-            f"`x` must have at least {min_ndim} axes, channels last, got shape {x.shape}."
-        )
-    if x.shape[-1] == 0:
-        raise ValueError(f"`x` has no channels: shape {x.shape}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")
-
-
 def conv_groups(
     spec: WhiteningSpec, channels: int, taps: int, feature_group_count: int = 1
 ) -> ops.ColumnGroups:
@@ -78,9 +66,11 @@ def deconv_conv(
     feature_group_count: int = 1,
     use_running_average: bool = False,
     mask: jax.Array | None = None,
+    moments: ops.Moments | None = None,
     reduction: Reduction = LOCAL,
     dtype: Any = None,
     precision: Any = None,
+    preferred_element_type: Any = None,
     conv_general_dilated: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, Running]:
     """Whiten the patches of `x` and convolve: one plain convolution with a folded kernel.
@@ -93,11 +83,13 @@ def deconv_conv(
       geometry: of the convolution.
       spec, feature_group_count, use_running_average: as the layer's.
       mask: weights >= 0, broadcastable to [*batch, *spatial, 1]; see `ops.patch_moments`.
+      moments: stand in for those of the batch; those of several microbatches, merged.
       reduction: where statistics are pooled over a mapped axis.
       dtype: of the convolution; default that of `x` and `kernel` promoted.
       precision, conv_general_dilated: of the convolution alone; statistics run at HIGHEST.
+      preferred_element_type: of the convolution's result, if not `dtype`.
     Returns:
-      y [*batch, *out, features] in `dtype`, and the running statistics after this step.
+      y [*batch, *out, features] in `dtype`, or as preferred, and the running statistics after this step.
     Raises:
       ValueError: the channels or features do not fit the feature groups, or `x` is smaller than the kernel.
 
@@ -134,17 +126,44 @@ def deconv_conv(
         running,
         spec,
         use_running_average=use_running_average,
+        moments=moments,
     )
     kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    y = plain_conv(
+        x,
+        kernel,
+        bias,
+        geometry=geometry,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        conv_general_dilated=conv_general_dilated,
+    )
+    return y.reshape(*batch_shape, *y.shape[1:]), running
+
+
+def plain_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    geometry: ops.Window,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """Convolve x [*batch, *spatial, channels] in the dtype of a folded `kernel`, and add its bias."""
+    batch_shape = x.shape[: -geometry.ndim - 1]
     y = geometry.convolve(
-        x.astype(dtype),
+        x.reshape(math.prod(batch_shape), *x.shape[len(batch_shape) :]).astype(kernel.dtype),
         kernel,
         feature_group_count=feature_group_count,
         precision=precision,
+        preferred_element_type=preferred_element_type,
         conv_general_dilated=conv_general_dilated,
     )
-    y = _add_bias(y, bias)
-    return y.reshape(*batch_shape, *y.shape[1:]), running
+    return _add_bias(y, bias).reshape(*batch_shape, *y.shape[1:])
 
 
 def deconv_dense(
@@ -156,9 +175,11 @@ def deconv_dense(
     spec: WhiteningSpec,
     use_running_average: bool = False,
     mask: jax.Array | None = None,
+    moments: ops.Moments | None = None,
     reduction: Reduction = LOCAL,
     dtype: Any = None,
     precision: Any = None,
+    preferred_element_type: Any = None,
     dot_general: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, Running]:
     """Whiten the last axis of `x` and multiply: one plain product with a folded kernel.
@@ -168,10 +189,12 @@ def deconv_dense(
       kernel: [in_features, features].
       bias: [features] or None. The whitened mean is subtracted in either case.
       running: statistics so far, of `dense_groups(...).stat_shape`.
-      spec, use_running_average, reduction, dtype, precision, dot_general: as `deconv_conv`.
+      spec, use_running_average, moments, reduction, dtype, precision, preferred_element_type: as
+        `deconv_conv`.
+      dot_general: in place of `lax.dot_general`.
       mask: weights >= 0, broadcastable to [..., 1].
     Returns:
-      y [..., features] in `dtype`, and the running statistics after this step.
+      y [..., features] in `dtype`, or as preferred, and the running statistics after this step.
 
     Source: Delinear of the original code.
     """
@@ -193,18 +216,42 @@ def deconv_dense(
         )
 
     mean, whitener, running = statistics(
-        batch_moments, running, spec, use_running_average=use_running_average
+        batch_moments, running, spec, use_running_average=use_running_average, moments=moments
     )
     kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    if dot_general is not None:
-        y = dot_general(x.astype(dtype), kernel, contract, precision=precision)
-    else:  # one rounding, after the bias: what cancels there can be large
-        wide = jnp.promote_types(jnp.float32, dtype)
-        y = lax.dot_general(
-            x.astype(dtype), kernel, contract, precision=precision, preferred_element_type=wide
+    y = plain_dense(
+        x,
+        kernel,
+        bias,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        dot_general=dot_general,
+    )
+    return y, running
+
+
+def plain_dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    dot_general: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """Multiply the last axis of `x` in the dtype of a folded `kernel`, and add its bias."""
+    result = preferred_element_type or kernel.dtype
+    if dot_general is None:  # one rounding, after the bias: what cancels there can be large
+        dot_general, preferred_element_type = (
+            lax.dot_general,
+            jnp.promote_types(jnp.float32, result),
         )
-    return _add_bias(y, bias).astype(dtype), running
+    # Only passed on where it is given: a function of the user's need not know it.
+    preferred = {"preferred_element_type": preferred_element_type}
+    preferred = preferred if preferred_element_type is not None else {}
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    y = dot_general(x.astype(kernel.dtype), kernel, contract, precision=precision, **preferred)
+    return _add_bias(y, bias).astype(result)
 
 
 def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:

@@ -23,11 +23,14 @@ class Running:
       mean: [*stat_shape, d], from 0.
       whitener: [*stat_shape, d, d], from the identity.
       step: int32 scalar counting training steps, or None for layers that need no count.
+      moments: of the samples of earlier microbatches, to which this one's are added; or None where nobody
+        accumulates them.
     """
 
     mean: jax.Array
     whitener: jax.Array
     step: jax.Array | None = None
+    moments: Moments | None = None
 
     @staticmethod
     def start(shape: tuple[int, ...], dtype: Any, *, counted: bool = False) -> "Running":
@@ -64,6 +67,7 @@ def statistics(
     spec: WhiteningSpec,
     *,
     use_running_average: bool,
+    moments: Moments | None = None,
 ) -> tuple[jax.Array, jax.Array, Running]:
     """Return the mean and whitener to use now, and the running statistics after this step.
 
@@ -72,19 +76,23 @@ def statistics(
       running: before this step; `running.step` must be there if `spec.freeze` is set.
       spec: root, eps, momentum and freeze schedule.
       use_running_average: use `running`, and leave it as it is.
+      moments: stand in for those of the batch, which are then not taken.
+
+    While the freeze schedule uses running statistics no moments are taken, and none are added.
     """
     if use_running_average:
         return running.mean, running.whitener, running
+    take = batch_moments if moments is None else lambda: moments
     if spec.freeze is None:
-        mean, whitener, averaged = _fresh(batch_moments, running, spec)
+        mean, whitener, averaged = _fresh(take, running, spec)
     else:
         assert running.step is not None
-        fresh = functools.partial(_fresh, batch_moments, running, spec)
+        fresh = functools.partial(_fresh, take, running, spec)
         like = jax.eval_shape(fresh)
         mean, whitener, averaged = lax.cond(
             running.step % spec.freeze.period < spec.freeze.active_steps,
             fresh,
-            lambda: jax.tree.map(_varying_like, _frozen(running), like),
+            lambda: jax.tree.map(varying_like, _frozen(running), like),
         )
     if running.step is not None:
         averaged = dataclasses.replace(averaged, step=running.step + 1)
@@ -108,8 +116,8 @@ def average(old: jax.Array, batch: jax.Array, momentum: float | jax.Array) -> ja
     return momentum * old + (1 - momentum) * batch
 
 
-def _fresh(batch_moments, running, spec):
-    moments = batch_moments()
+def _fresh(take, running, spec):
+    moments = take()
     whitener = whitener_of(moments, spec)
     # A batch that is masked out altogether has no statistics: the running ones serve.
     mean = where_any(moments.count, moments.mean, running.mean)
@@ -120,6 +128,7 @@ def _fresh(batch_moments, running, spec):
             moments.count, average(running.whitener, whitener, spec.momentum), running.whitener
         ),
         running.step,
+        None if running.moments is None else running.moments.merge(moments),
     )
     return mean, whitener, averaged
 
@@ -128,7 +137,7 @@ def _frozen(running):
     return lax.stop_gradient(running.mean), lax.stop_gradient(running.whitener), running
 
 
-def _varying_like(value, like):
+def varying_like(value: jax.Array, like: Any) -> jax.Array:
     """Mark a value that is equal on all devices of a `shard_map` as one that may differ, where `like` may."""
     axes = tuple(_varying_axes(like) - _varying_axes(jax.typeof(value)))
     return lax.pcast(value, axes, to="varying") if axes else value

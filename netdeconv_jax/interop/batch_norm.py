@@ -1,0 +1,113 @@
+"""Running averages of `nn.BatchNorm` and its like: what whole batches make of them, from what parts made."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from flax.core import unfreeze
+
+Tree = Any
+Path = tuple[str, ...]  # of a module, or of a leaf
+
+
+def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) -> Tree:
+    """Return the `batch_stats` that the whole batch would have given, from those of its microbatches.
+
+    Means average. The variance of the whole is the mean of the variances plus the variance of the means b_i;
+    new_i = m old + (1 - m) b_i, so that the latter adds var(new_i) / (1 - m). Any other running average
+    averages too, and what is no float (a count of steps) is that of the first.
+
+    Args:
+      new: `batch_stats` as `nn.BatchNorm` stores them, each leaf stacked to [k, ...]: what k microbatches of
+        one size made, each of the same old statistics.
+      momentum: m in [0, 1), Flax's; or that of each module by its path.
+    Returns:
+      A tree like `new`, without the leading axis.
+    Raises:
+      ValueError: `momentum` is not in [0, 1).
+
+    Source: ours; Chan, Golub and LeVeque 1979, for the pooling.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax.interop import merge_batch_norm
+      >>> new = {"mean": jnp.array([0.1, 0.3]), "var": jnp.array([1.0, 1.0])}  # batch means 1 and 3
+      >>> {name: round(float(leaf), 6) for name, leaf in merge_batch_norm(new).items()}
+      {'mean': 0.2, 'var': 1.1}
+    """
+    flat = leaves(new)
+    merged = {}
+    for path, leaf in flat.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            merged[path] = leaf[0]
+            continue
+        merged[path] = leaf.mean(0)
+        if (means := mean_beside(flat, path)) is not None:
+            share = momentum[path[:-1]] if isinstance(momentum, Mapping) else momentum
+            if not 0 <= share < 1:
+                raise ValueError(f"`momentum` must be in [0, 1), got {share}.")
+            merged[path] += means.var(0) / (1 - share)
+    return traverse_util.unflatten_dict(merged)
+
+
+def leaves(stats: Tree) -> dict[Path, Any]:
+    """Return the leaves of a nested dict by path."""
+    flat: Any = traverse_util.flatten_dict(unfreeze(stats))
+    return flat
+
+
+def mean_beside(flat: Mapping[Path, Any], path: Path) -> Any:
+    """Return the leaf `mean` that stands beside a leaf `var` of its shape; None for any other leaf."""
+    means = flat.get((*path[:-1], "mean")) if path[-1] == "var" else None
+    return means if means is not None and means.shape == flat[path].shape else None
+
+
+def momentum_of(module: nn.Module) -> Any:
+    """Return the momentum that a module says it has, None if none."""
+    return getattr(module, "momentum", None)
+
+
+def momenta(
+    trace: Callable[[], Any], momentum_of: Callable[[nn.Module], Any] = momentum_of
+) -> tuple[Any, dict[Path, float]]:
+    """Return what `trace` returns, and the momentum of every Linen module that it runs, by path."""
+    found = {}
+
+    def look(run, args, kwargs, context):
+        momentum = momentum_of(context.module)
+        if isinstance(momentum, (int, float)):
+            found[tuple(context.module.path)] = momentum
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        return trace(), found
+
+
+def shares_of(
+    stats: Tree, known: Mapping[Path, float], momentum: float | None
+) -> dict[Path, float]:
+    """Return the momentum of every batch norm in `stats`: `momentum`, or the one that is known of it."""
+    flat = leaves(stats)
+    paths = {path[:-1] for path in flat if mean_beside(flat, path) is not None}
+    if momentum is not None:
+        return dict.fromkeys(paths, momentum)
+    if unknown := sorted(paths - known.keys()):
+        raise ValueError(
+            f"`momentum` of {'/'.join(unknown[0]) or 'the batch norm'} is not to be found; give it, got None."
+        )
+    return {path: known[path] for path in paths}
+
+
+def without(stats: Tree, moments: Tree) -> Tree:
+    """Return the statistics of the modules that have no `moments`."""
+    have = {path[:-1] for path in leaves(moments)}
+    flat = leaves(stats)
+    return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if p[:-1] not in have})
+
+
+def laid_over(stats: Tree, other: Tree) -> Tree:
+    """Return `stats` with the leaves of `other` in the place of its own."""
+    flat = leaves(stats) | leaves(other)
+    return traverse_util.unflatten_dict(flat)

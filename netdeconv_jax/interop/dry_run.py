@@ -1,0 +1,140 @@
+"""Which layers a model runs and how, found in one trace without computing or even tracing any of them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxprs_in_params
+
+from netdeconv_jax import ops
+from netdeconv_jax.linen import DeconvConv, DeconvDense
+from netdeconv_jax.whitening.conv import conv_groups, dense_groups
+
+Path = tuple[str, ...]
+
+WHITENED = (DeconvConv, DeconvDense)
+ALL = (*WHITENED, nn.Conv, nn.Dense, nn.BatchNorm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution or dense layer that a model runs.
+
+    Attributes:
+      groups: of the columns of a layer that whitens, None for others.
+      dtype: of computation, None where it follows from the arrays.
+    """
+
+    groups: ops.ColumnGroups | None
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A batch norm that a model runs.
+
+    Attributes:
+      epsilon: of the batch norm.
+      behind: the layer whose output goes here and nowhere else, None if there is no such layer.
+    """
+
+    epsilon: float
+    behind: Path | None
+
+
+def dry_run(
+    run: Callable[..., Any],
+    params: Mapping[Path, Any],
+    x: Any,
+    kinds: tuple[type[nn.Module], ...] = ALL,
+) -> tuple[dict[Path, Layer], dict[Path, Norm]]:
+    """Return the convolutions and dense layers that `run(x)` calls, and the batch norms, by path.
+
+    A layer answers with zeros of the shape that its kernel makes of its input, so that among `ALL` layers `x`
+    need not have the channels or the size that the model was made for.
+
+    Args:
+      run: applies a Linen module.
+      params: its parameters by path of the leaf.
+      x: an array or its shape and dtype, large enough for every stride.
+      kinds: of modules that answer so; others run.
+    Raises:
+      ValueError: a layer has other parameters than it would declare, as under `nn.scan` and `nn.vmap`.
+    """
+    layers, norms, made = {}, {}, []
+
+    def answer(run, args, kwargs, context):
+        module, path = context.module, tuple(context.module.path)
+        if context.method_name != "__call__" or not isinstance(module, kinds):
+            return run(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(module, nn.BatchNorm):
+            source = next((path for output, path in made if output is x), None)
+            norms[path] = Norm(module.epsilon, source)
+            return jnp.zeros(x.shape, x.dtype)
+        layers[path], shape = _layer(module, path, params, x)
+        output = checkpoint_name(jnp.zeros(shape, x.dtype), "/".join(path))
+        made.append((output, path))
+        return output
+
+    with nn.intercept_methods(answer):
+        jaxpr = jax.make_jaxpr(run)(x)
+    alone = _used_nowhere(jaxpr.jaxpr)
+    return layers, {
+        path: norm if norm.behind in alone else dataclasses.replace(norm, behind=None)
+        for path, norm in norms.items()
+    }
+
+
+def _layer(module, path, params, x):
+    """The record of a layer, and the shape of its output."""
+    kernel = jnp.shape(params[(*path, "kernel")])
+    convolves = isinstance(module, DeconvConv | nn.Conv)
+    geometry = None
+    if convolves:
+        geometry = ops.window(
+            module.kernel_size,
+            module.strides,
+            module.padding,
+            module.input_dilation,
+            module.kernel_dilation,
+        )
+    if len(kernel) != 2 + (geometry.ndim if geometry else 0):
+        raise ValueError(
+            f"`variables` hold a kernel of shape {kernel} for {'/'.join(path)!r}, not that of one layer: "
+            "layers under `nn.scan` or `nn.vmap` cannot be folded."
+        )
+    if geometry is None:
+        groups = None
+        if isinstance(module, DeconvDense):
+            groups = dense_groups(module.resolved_spec(), kernel[0])
+        return Layer(groups, module.dtype), (*x.shape[:-1], kernel[-1])
+    groups = None
+    if isinstance(module, DeconvConv):
+        count = module.feature_group_count
+        groups = conv_groups(module.resolved_spec(), kernel[-2] * count, geometry.taps, count)
+    batch, spatial = x.shape[: -geometry.ndim - 1], x.shape[-geometry.ndim - 1 : -1]
+    out = geometry.out_shape(spatial, geometry.strides)
+    return Layer(groups, module.dtype), (*batch, *out, kernel[-1])
+
+
+def _used_nowhere(jaxpr: Any) -> set[Path]:
+    """The layers that are called once and whose output no operation takes: batch norms are none here."""
+    outputs, taken = [], set()
+
+    def walk(jaxpr):
+        taken.update(id(var) for var in jaxpr.outvars)
+        for eqn in jaxpr.eqns:
+            taken.update(id(var) for var in eqn.invars)
+            if eqn.primitive.name == "name":
+                outputs.append((tuple(eqn.params["name"].split("/")), id(eqn.outvars[0])))
+            for inner in jaxprs_in_params(eqn.params):
+                walk(inner)
+
+    walk(jaxpr)
+    names = [path for path, _ in outputs]
+    return {path for path, var in outputs if var not in taken and names.count(path) == 1}

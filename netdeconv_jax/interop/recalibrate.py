@@ -1,0 +1,115 @@
+"""Precise statistics: what evaluation uses, from one pass over data instead of an exponential average."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from flax.core import unfreeze
+
+from netdeconv_jax.interop.batch_norm import laid_over, leaves, momenta
+from netdeconv_jax.linen import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
+
+Tree = Any
+
+
+def recalibrate(
+    model: nn.Module,
+    variables: Mapping[str, Tree],
+    batches: Iterable[Any],
+    *,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    rngs: Mapping[str, jax.Array] | None = None,
+) -> dict[str, Tree]:
+    """Return `variables` with running statistics that are the mean of those of `batches`.
+
+    Running statistics are exponential averages over the last steps of training, and over weights that moved
+    meanwhile. This takes them anew, with the weights as they are: each batch is whitened and normalized by
+    its own statistics as in training, and their plain mean takes the place of the running ones. Give
+    batches of the size that was trained with: what is averaged is each batch's whitener, not its covariance.
+    The root of the pooled covariance would come nearer to that of all data as one batch, but the network was
+    trained behind whiteners of batches (docs/decisions.md has the figures). Batches of other sizes weigh
+    what they hold, and each size is compiled once; a second call with the same model and shapes compiles
+    nothing.
+
+    It knows the layers of this package and every module that has a field `momentum` and keeps
+    `new = momentum * old + (1 - momentum) * batch` in floats, as `nn.BatchNorm` does. What other modules
+    keep, and every count of steps, stays as it is.
+
+    Args:
+      model: hashable, as Linen modules are.
+      variables: `params`, `batch_stats` and whatever else `model.apply` needs.
+      batches: iterable of inputs, each the one positional argument of the model; arrays on several devices
+        will do.
+      apply_kwargs: what makes the model use batch statistics, default `{"train": True}`; hashable values.
+      rngs: as `model.apply`, where training needs them (dropout); the same for every batch.
+    Returns:
+      A dict like `variables`; `variables` themselves if there are no `batch_stats`.
+    Raises:
+      ValueError: `batches` is empty.
+
+    Source: ours; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm"), for batch norm.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from netdeconv_jax import DeconvDense
+      >>> from netdeconv_jax.interop import recalibrate
+      >>> layer, x = DeconvDense(3), jnp.arange(24.0).reshape(12, 2)
+      >>> variables = layer.init(jax.random.key(0), x, True)
+      >>> new = recalibrate(layer, variables, [x[:8], x[8:]], apply_kwargs={"use_running_average": False})
+      >>> [round(m, 3) for m in new["batch_stats"]["mean"].tolist()]
+      [11.0, 12.0]
+    """
+    if not jax.tree.leaves(variables.get("batch_stats", {})):
+        return dict(variables)
+    flags = tuple(sorted((apply_kwargs or {"train": True}).items()))
+    variables = dict(variables)
+    mean, count = None, 0
+    for x in batches:
+        if mean is None:
+            shapes = jax.eval_shape(functools.partial(_own, model, flags), variables, x, rngs)
+            mean = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        size = jax.tree.leaves(x)[0].shape[0]
+        count += size
+        mean = _averaged(model, flags, variables, mean, size / count, x, rngs)
+    if mean is None:
+        raise ValueError("`batches` must hold at least one batch, got none.")
+    return {**variables, "batch_stats": laid_over(variables["batch_stats"], mean)}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "flags"), donate_argnames="mean")
+def _averaged(model, flags, variables, mean, share, x, rngs):
+    own = _own(model, flags, variables, x, rngs)
+    return jax.tree.map(lambda old, new: old + (share * (new - old)).astype(old.dtype), mean, own)
+
+
+def _own(model, flags, variables, x, rngs):
+    """The batch's own statistics, where it is known how they enter the running ones."""
+    # From a count of 0 a freeze schedule is active.
+    old = jax.tree.map(_restarted, unfreeze(variables["batch_stats"]))
+    given = {**variables, "batch_stats": old}
+    (_, updates), known = momenta(
+        lambda: model.apply(given, x, mutable=["batch_stats"], rngs=rngs, **dict(flags)), _share
+    )
+    old, own = leaves(old), {}
+    for path, new in leaves(updates["batch_stats"]).items():
+        if path[:-1] in known and jnp.issubdtype(new.dtype, jnp.floating):
+            share = known[path[:-1]]
+            own[path] = (new - share * old[path]) / (1 - share)
+    return traverse_util.unflatten_dict(own)
+
+
+def _share(module: nn.Module) -> Any:
+    """The share of the old in a module's running averages after a step from a count of 0."""
+    if isinstance(module, ChannelDeconv):
+        return 0.0  # its averages start at the first batch
+    if isinstance(module, DeconvConv | DeconvConvTranspose | DeconvDense):
+        return module.resolved_spec().momentum
+    return getattr(module, "momentum", None)
+
+
+def _restarted(leaf):
+    return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.zeros_like(leaf)

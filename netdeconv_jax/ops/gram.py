@@ -1,0 +1,69 @@
+"""The sum of outer products of samples, with a derivative that costs half of what a product's does.
+
+`G = sum_n w_n x_n x_n'` has the differential `S + S'` with `S = sum_n w_n x_n dx_n'`: one product over all
+samples, where differentiating `dot(w x, x)` takes two, forward as well as in reverse. A training step then
+pays for its covariances two products instead of three.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def gram(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """Return `sum_n w_n x_n x_n'` over the sample axes, at HIGHEST precision.
+
+    Args:
+      x: [..., d], floating point; the last axis is the variable.
+      weights: [..., 1], of the rank of `x`, or None for ones.
+      axes: the sample axes, contracted as they are, so that one that is sharded over devices needs no
+        reshape; the others become leading axes of the result.
+    Returns:
+      [*others, d, d] in the dtype of `x`; over an explicit mesh, replicated.
+
+    Source: ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax.ops.gram import gram
+      >>> gram(jnp.array([[1.0, 2.0], [0.0, 1.0]]), None, (0,)).tolist()
+      [[1.0, 2.0], [2.0, 5.0]]
+    """
+    return _contract(_weighted(x, weights), x, axes)
+
+
+def _jvp(axes, primals, tangents):
+    (x, weights), (dx, dweights) = primals, tangents
+    value = gram(x, weights, axes)
+    tangent = jnp.zeros_like(value)
+    if not isinstance(dx, SymbolicZero):
+        half = _contract(_weighted(x, weights), dx, axes)
+        tangent = half + jnp.swapaxes(half, -1, -2)
+    if weights is not None and not isinstance(dweights, SymbolicZero):
+        tangent = tangent + _contract(x * dweights, x, axes)
+    return value, tangent
+
+
+gram.defjvp(_jvp, symbolic_zeros=True)
+
+
+def _weighted(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return x if weights is None else x * weights
+
+
+def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    lead = tuple(i for i in range(a.ndim - 1) if i not in axes)
+    sharding = jax.typeof(a).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return lax.dot_general(
+        a,
+        b,
+        ((axes, axes), (lead, lead)),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None,
+    )

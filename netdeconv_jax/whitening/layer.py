@@ -1,0 +1,97 @@
+"""What a layer of either API asks before its forward: which spec, which statistics, does the input fit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from netdeconv_jax.whitening.spec import WhiteningSpec
+
+Shape = tuple[int, ...]
+
+
+def layer_spec(
+    spec: WhiteningSpec | None,
+    defaults: WhiteningSpec,
+    *,
+    eps: float | None = None,
+    epsilon: float | None = None,
+    **settings: Any,
+) -> WhiteningSpec:
+    """Return `spec`, or `defaults`, with the keywords that are not None laid over it.
+
+    Raises:
+      TypeError: `spec` is no `WhiteningSpec`, or a setting is of the wrong type.
+      ValueError: both `eps` and `epsilon` are given, or a setting is out of range.
+    """
+    if spec is not None and not isinstance(spec, WhiteningSpec):
+        raise TypeError(f"`spec` must be a WhiteningSpec, got {spec!r}.")
+    if eps is not None and epsilon is not None:
+        raise ValueError(f"`epsilon` is another name for `eps`; give one, got {epsilon} and {eps}.")
+    settings["eps"] = epsilon if eps is None else eps
+    given = {name: value for name, value in settings.items() if value is not None}
+    return (defaults if spec is None else spec).replace(**given)
+
+
+def running_average_wanted(
+    constructor: bool | None, argument: bool | None, *, overrides: bool
+) -> bool:
+    """Return the `use_running_average` of a call.
+
+    Args:
+      constructor, argument: what each was given.
+      overrides: whether the call's argument goes before the constructor's; if not, both are one too many.
+    Raises:
+      ValueError: neither is given, or both where that is one too many.
+    """
+    neither = constructor is None and argument is None
+    if neither or not (overrides or constructor is None or argument is None):
+        raise ValueError(
+            "`use_running_average` must be given to the constructor or in the call, not to "
+            f"{'neither' if neither else 'both'}; got {constructor} there and {argument} here."
+        )
+    return bool(constructor if argument is None else argument)
+
+
+def statistics_dtype(param_dtype: Any) -> Any:
+    """Return the dtype in which statistics are computed and stored."""
+    return jnp.promote_types(jnp.float32, param_dtype)
+
+
+def check_input(x: jax.Array, *, min_ndim: int) -> None:
+    """Raise unless `x` is floating point, has channels and at least `min_ndim` axes."""
+    if x.ndim < min_ndim:
+        raise ValueError(
+            f"`x` must have at least {min_ndim} axes, channels last, got shape {x.shape}."
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"`x` has no channels: shape {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")
+
+
+def check_kernel(kernel: Shape, channels: int, *, axis: int = -2) -> None:
+    """Raise unless a kernel of that shape was made for `channels` channels in a feature group."""
+    if kernel[axis] != channels:
+        raise ValueError(
+            f"`x` has {channels} input channels (in a feature group), but this layer's kernel was "
+            f"initialized for {kernel[axis]}: its shape is {kernel}."
+        )
+
+
+def check_mean(have: Shape, need: Shape) -> None:
+    """Raise unless a running mean has the shape that the layer's settings need."""
+    if have != need:
+        raise ValueError(
+            f"`batch_stats` hold a mean of shape {have}, this layer needs {need}: they come from "
+            "another `block_size`, `whiten`, `grouping` or `shared_whitener`."
+        )
+
+
+def check_channel_mean(have: Shape, block: int, channels: int) -> None:
+    """Raise unless the running mean of a `ChannelDeconv` is of `block` channels."""
+    if have != (block,):
+        raise ValueError(
+            f"`x` has {channels} channels, whitened {block} at a time, but this layer was "
+            f"initialized for {have[0]} at a time."
+        )

@@ -1,0 +1,260 @@
+"""A folded model is the plain network: the same logits, and nothing left of the whitening."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from jax.extend.core import jaxprs_in_params
+
+from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec, models
+from netdeconv_jax.interop import FoldedModel, fold
+
+KERNELS_OF_WHITENING = {"cholesky", "eigh", "rsqrt", "sqrt", "while", "scan", "cond"}
+# Padding, strides, groups, 1x1 kernels, gates, dense layers; one of them with other groups.
+NARROW = {
+    "cnn": {},
+    "lenet": {"width": 0.5, "spec": WhiteningSpec(shared_whitener=False, block_size=16)},
+    "resnet18": {"spec": WhiteningSpec(grouping="contiguous", block_size=16)},
+    "mobilenetv2": {"width": 0.125},
+    "senet18": {"norm": "channel"},
+    "resnet18_imagenet": {"layout": "original"},
+}
+PRE_ACTIVATION = ("preact_resnet", "senet", "densenet")
+
+
+def images(size=32, dtype=jnp.float32):
+    return 0.5 + jax.random.normal(jax.random.key(0), (4, size, size, 3), dtype)
+
+
+def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) -> Any:
+    """A narrow network, variables that no symmetry saves from a wrong index, and images."""
+    model = models.create(name, norm, width=width, param_dtype=dtype, **settings)
+    x, rng = images(dtype=dtype), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def leaf(path, like):
+        kind, noise = path[-1].key, rng.normal(size=like.shape)
+        if kind == "kernel":
+            return noise / np.sqrt(np.prod(like.shape[:-1]))
+        if kind == "whitener":
+            return np.eye(like.shape[-1]) + noise / np.sqrt(like.shape[-1])
+        return np.abs(noise) + 0.5 if kind in ("var", "scale") else noise / 2
+
+    variables = jax.tree.map_with_path(
+        lambda path, like: jnp.asarray(leaf(path, like), like.dtype), shapes
+    )
+    return model, variables, x
+
+
+def trained(name, norm, size, layout) -> Any:
+    """A narrow network, its variables after two steps of training, and images."""
+    model, x = models.create(name, norm, width=0.0625, layout=layout), images(size)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+
+    @jax.jit
+    def step(variables, key):
+        def loss(params):
+            logits, updates = model.apply(
+                {**variables, "params": params},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
+            return jnp.mean(jnp.sin(3 * logits)), updates
+
+        params = variables["params"]
+        grads, updates = jax.grad(loss, has_aux=True)(params)
+        return {"params": jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), **updates}
+
+    for key in jax.random.split(jax.random.key(2)):
+        variables = step(variables, key)
+    return model, variables, x
+
+
+def primitives(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jaxprs_in_params(eqn.params):
+            yield from primitives(inner)
+
+
+def check_folded(model, variables, x, tolerance):
+    plain, folded = fold(model, variables)
+    assert plain.norm == "none"
+    assert set(folded) == {"params"}
+    shapes = jax.eval_shape(plain.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, shapes)
+    expected = jax.jit(model.apply)(variables, x)
+    found = jax.jit(plain.apply)(folded, x)
+    assert found.dtype == expected.dtype
+    expected = np.asarray(expected)
+    assert (
+        np.ptp(expected, axis=0).max() > 1e-4 * np.abs(expected).max()
+    )  # images make a difference
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    # Layer norms and the like there are none: what is left is what a plain network has.
+    assert not KERNELS_OF_WHITENING & set(primitives(jax.make_jaxpr(plain.apply)(folded, x).jaxpr))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_a_folded_network_gives_the_same_logits(name):
+    check_folded(*made_up(name, **NARROW[name]), tolerance=1e-5)
+
+
+EVERY = [
+    (name, norm, layout)
+    for name in models.list()
+    for norm in ("deconv", "channel", "batch")
+    for layout in ("full", "original")
+    if not (norm == "batch" and name.startswith(PRE_ACTIVATION))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "norm", "layout"), EVERY)
+def test_every_network_folds(name, norm, layout):
+    size = 64 if "imagenet" in name else 32
+    check_folded(*trained(name, norm, size, layout), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lenet", pytest.param("efficientnet_b0", marks=pytest.mark.slow)])
+def test_in_float64_folding_is_exact(x64, name):
+    check_folded(*made_up(name, width=0.5, dtype=jnp.float64, layout="original"), tolerance=1e-10)
+
+
+def test_a_folded_network_costs_what_a_plain_one_costs():
+    model, variables, x = made_up("cnn", width=0.25)
+    plain, folded = fold(model, variables)
+    never = models.create("cnn", "none", width=0.25)
+    fresh = jax.eval_shape(never.init, jax.random.key(0), x)
+    flops: list[Any] = [
+        jax.jit(net.apply).lower(given, x).cost_analysis()
+        for net, given in ((plain, folded), (never, fresh), (model, variables))
+    ]
+    assert flops[0]["flops"] == flops[1]["flops"] < flops[2]["flops"]
+
+
+def test_in_bfloat16_the_bias_is_of_the_rounded_kernel():
+    model, variables, x = made_up("cnn", width=0.25)
+    low = model.clone(dtype=jnp.bfloat16)
+    plain, folded = fold(low, variables)
+    kernel = folded["params"]["conv1"]["kernel"]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel, kernel.astype(jnp.bfloat16).astype(jnp.float32))
+    expected = low.apply(variables, x)
+    error = np.abs(plain.apply(folded, x) - expected)
+    assert error.max() < 0.03 * np.abs(expected).max()
+    assert np.abs(error.mean(0)).max() < 0.02 * np.abs(expected).max()
+
+
+def test_numpy_arrays_and_boxed_parameters_are_folded_too():
+    model, variables, _ = made_up("lenet")
+    arrays = jax.tree.map(np.asarray, variables)
+    boxed = {**arrays, "params": jax.tree.map(lambda a: nn.Partitioned(a, ()), arrays["params"])}
+    _, expected = fold(model, variables)
+    for given in (arrays, boxed):
+        jax.tree.map(np.testing.assert_array_equal, fold(model, given)[1], expected)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18", "densenet121"])
+def test_a_batch_norm_before_its_convolution_is_refused(name):
+    model = models.create(name, "batch", width=0.0625)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+    variables = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), variables)
+    with pytest.raises(ValueError, match=r"batch norm, '.*bn.*', .* cannot be folded"):
+        fold(model, variables)
+
+
+def test_missing_statistics_and_left_over_parameters_are_refused():
+    model, variables, _ = made_up("lenet")
+    with pytest.raises(ValueError, match="no `batch_stats` of the layer 'conv1'"):
+        fold(model, {"params": variables["params"]})
+    more = {**variables, "params": {**variables["params"], "extra": {"kernel": jnp.ones(3)}}}
+    with pytest.raises(ValueError, match="'extra/kernel' is left over"):
+        fold(model, more)
+
+
+# Any Linen module
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        use: Any = {"use_running_average": not train}
+        layer = DeconvConv(
+            8, (3, 3), padding="CIRCULAR", block_size=4, grouping="contiguous", **use
+        )
+        for _ in range(2):  # shared
+            x = nn.relu(layer(jnp.pad(x, [(0, 0)] * 3 + [(0, 8 - x.shape[-1])])))
+        x = DeconvConv(8, (3, 1), 2, feature_group_count=4, use_bias=False, **use)(x)
+        x = nn.BatchNorm(momentum=0.9, **use)(x)
+        x = ChannelDeconv(block_size=4, **use)(nn.Conv(8, (1, 1))(x))
+        x = DeconvConv(
+            8, (3, 3), whiten="channels", kernel_dilation=2, freeze_schedule=(1, 9), **use
+        )(x)
+        return DeconvDense(5, **use)(x.mean((1, 2)))
+
+
+def test_any_module_folds_to_one_with_plain_layers():
+    model, x = Net(), 1 + jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
+    variables: Any = model.init(jax.random.key(1), x, False)
+    for _ in range(2):
+        _, updates = model.apply(variables, x, True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    plain, folded = fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), train=False)
+    assert isinstance(plain, FoldedModel)
+    hash(plain)
+    assert set(folded["batch_stats"]) == {"BatchNorm_0", "ChannelDeconv_0"}
+    leaves: Any = traverse_util.flatten_dict(folded["params"], sep="/")
+    assert leaves["DeconvConv_1/bias"].shape == (8,)  # there was none: the mean is subtracted there
+    expected: Any = model.apply(variables, x, False)
+    found: Any = jax.jit(plain.apply, static_argnums=2)(folded, x, False)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    ours = list(primitives(jax.make_jaxpr(lambda x: plain.apply(folded, x, False))(x).jaxpr))
+    assert ours.count("conv_general_dilated") == 5
+    assert ours.count("dot_general") == 2  # ChannelDeconv and the dense layer
+
+
+def test_low_precision_is_rounded_as_in_evaluation():
+    layer = DeconvConv(8, (3, 3), dtype=jnp.bfloat16)
+    x = 30 + jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    variables: Any = layer.init(jax.random.key(1), x, True)
+    _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+    plain, folded = fold(layer, variables, x, use_running_average=True)
+    expected: Any = layer.apply(variables, x, True)
+    found = plain.apply(folded, x, use_running_average=True)
+    assert found.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_module_that_is_none_of_the_zoo_needs_an_input():
+    with pytest.raises(ValueError, match="`x` must be an input of the model"):
+        fold(Net(), {"params": {}})
+
+
+def test_stacked_layers_are_refused():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return DeconvDense(4, use_running_average=True)(x), None
+
+    stack = nn.scan(
+        Body, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
+    )()
+    x = jnp.ones((2, 4))
+    variables = stack.init(jax.random.key(0), x, None)
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
+        fold(_Call(stack), {c: {"stack": v} for c, v in variables.items()}, x)
+
+
+class _Call(nn.Module):
+    stack: nn.Module
+
+    def __call__(self, x):
+        return self.stack(x, None)[0]

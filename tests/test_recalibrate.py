@@ -1,0 +1,176 @@
+"""Precise statistics: the plain mean of every batch's own, whatever the layer and its momentum."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, models
+from netdeconv_jax.interop import recalibrate
+
+X = np.random.default_rng(0).standard_normal((24, 6, 6, 3)).astype(np.float32)
+X *= np.arange(1, 25, dtype=np.float32)[:, None, None, None] / 8
+PARTS = list(X.reshape(3, 8, 6, 6, 3))
+FLAGS: Any = {"apply_kwargs": {"use_running_average": False}}
+
+# Whose first step from nothing is (1 - momentum) of the batch's mean.
+LAYERS = {
+    "batch norm": (nn.BatchNorm(momentum=0.99), 0.99),
+    "conv": (DeconvConv(4, (3, 3), momentum=0.8), 0.8),
+    "conv without momentum": (DeconvConv(4, (3, 3), momentum=0.0), 0.0),
+    "conv on a schedule": (DeconvConv(4, (3, 3), freeze_schedule=(1, 5)), 0.9),
+    "channel": (ChannelDeconv(block_size=2), 0.0),
+    "dense": (DeconvDense(4), 0.9),
+}
+
+
+def start(layer, x=X) -> Any:
+    return {"params": {}, **layer.init(jax.random.key(0), x, True)}
+
+
+def step(layer, variables, x) -> Any:
+    _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
+    return {**variables, **updates}
+
+
+def own(layer, momentum, x):
+    """The statistics of one batch, from one step of fresh running ones."""
+    before = start(layer)["batch_stats"]
+    after = step(layer, start(layer), x)["batch_stats"]
+    return {
+        name: (after[name] - momentum * before[name]) / (1 - momentum)
+        for name in after
+        if name != "step"
+    }
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    assert set(actual) == set(expected)
+    for name in expected:
+        scale = max(1e-2, float(jnp.abs(expected[name]).max()))
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_statistics_are_the_mean_of_the_batches_own(name):
+    layer, momentum = LAYERS[name]
+    variables = start(layer)
+    for x in (100 * X, 3 - X):  # which must leave no trace
+        variables = step(layer, variables, x)
+    new = recalibrate(layer, variables, iter(PARTS), **FLAGS)
+    each = [own(layer, momentum, x) for x in PARTS]
+    expected = {name: sum(stats[name] for stats in each) / 3 for name in each[0]}
+    if "step" in variables["batch_stats"]:
+        assert new["batch_stats"].pop("step") == variables["batch_stats"]["step"] == 2
+    assert_close(new["batch_stats"], expected, 2e-3 if momentum == 0.99 else 1e-4)
+    assert {leaf.dtype for leaf in jax.tree.leaves(new["batch_stats"])} == {jnp.dtype("float32")}
+    assert new["params"] is variables["params"]
+
+
+def test_float64_statistics_stay_float64(x64):
+    layer = DeconvConv(4, (3, 3), param_dtype=jnp.float64)
+    parts = [x.astype(np.float64) for x in PARTS]
+    new = recalibrate(layer, start(layer, parts[0]), parts, **FLAGS)["batch_stats"]
+    each = [own(layer, 0.9, x) for x in parts]
+    assert new["mean"].dtype == jnp.float64
+    np.testing.assert_allclose(new["mean"], sum(s["mean"] for s in each) / 3, atol=1e-12)
+
+
+def test_batches_weigh_what_they_hold():
+    layer, momentum = LAYERS["dense"]
+    parts = [X[:16], X[16:18], X[18:]]
+    new = recalibrate(layer, start(layer), parts, **FLAGS)["batch_stats"]
+    shares = [len(x) / 24 for x in parts]
+    each = [own(layer, momentum, x) for x in parts]
+    expected = {n: sum(w * s[n] for w, s in zip(shares, each, strict=True)) for n in each[0]}
+    assert_close(new, expected)
+    np.testing.assert_allclose(new["mean"], X.mean((0, 1, 2)), atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Keeps what is no average, normalizes by fixed statistics, and then by those of the batch."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        largest = self.variable("batch_stats", "largest", lambda: jnp.zeros(()))
+        if train and not self.is_initializing():
+            largest.value = jnp.maximum(largest.value, jnp.abs(x).max())
+        x = nn.BatchNorm(use_running_average=True, name="fixed")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="moving")(x)
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+def test_what_is_no_average_and_what_is_fixed_stays():
+    model = Odd()
+    variables: Any = model.init(jax.random.key(0), X, train=False)
+    variables["batch_stats"]["fixed"] = {"mean": jnp.full(3, 2.0), "var": jnp.full(3, 4.0)}
+    variables["batch_stats"]["largest"] = jnp.array(0.5)
+    rngs = {"dropout": jax.random.key(1)}
+    new: Any = recalibrate(model, variables, PARTS, rngs=rngs)["batch_stats"]
+    assert new["largest"] == 0.5
+    np.testing.assert_allclose(new["fixed"]["mean"], 2.0, rtol=1e-4)
+    np.testing.assert_allclose(new["fixed"]["var"], 4.0, rtol=1e-4)
+    expected = ((X - 2) / np.sqrt(4 + 1e-5)).mean((0, 1, 2))
+    np.testing.assert_allclose(new["moving"]["mean"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["batch", "deconv", "channel"])
+def test_a_zoo_network_evaluates_as_it_trains(norm):
+    model = models.create("cnn", norm, width=0.25)
+    variables = model.init(jax.random.key(0), X)
+    given = jax.tree.map(jnp.copy, variables)
+    new = recalibrate(model, variables, [X])
+    trained, _ = model.apply(variables, X, train=True, mutable=["batch_stats"])
+    after: Any = model.apply(new, X, train=False)
+    np.testing.assert_allclose(after, trained, atol=2e-3)
+    before: Any = model.apply(variables, X, train=False)
+    assert float(jnp.abs(before - trained).max()) > 0.1
+    jax.tree.map(np.testing.assert_array_equal, variables, given)
+
+
+def test_every_shape_is_traced_once_and_a_second_call_not_at_all():
+    traces = []
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            traces.append(x.shape)
+            return nn.BatchNorm(use_running_average=not train)(x)
+
+    model = Counting()
+    variables = model.init(jax.random.key(0), X, train=False)
+    traces.clear()
+    recalibrate(model, variables, PARTS)
+    assert len(traces) == 2  # the shapes of the result, and the program
+    recalibrate(model, variables, PARTS)
+    assert len(traces) <= 3
+
+
+@pytest.mark.parametrize("norm", ["batch", "deconv"])
+def test_sharded_batches_give_the_statistics_of_one_device(norm):
+    model = models.create("cnn", norm, width=0.25)
+    variables = model.init(jax.random.key(0), X)
+    expected = recalibrate(model, variables, PARTS)["batch_stats"]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in PARTS]
+    replicated = jax.device_put(variables, NamedSharding(mesh, P()))
+    new = recalibrate(model, replicated, parts)["batch_stats"]
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * max(1e-2, float(jnp.abs(b).max())))
+
+
+def test_a_model_without_statistics_is_returned_as_it_is():
+    model = models.create("cnn", "none", width=0.25)
+    variables = model.init(jax.random.key(0), X)
+    assert recalibrate(model, variables, []) == variables
+
+
+def test_no_batches_are_refused():
+    layer, _ = LAYERS["dense"]
+    with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
+        recalibrate(layer, start(layer), [], **FLAGS)
