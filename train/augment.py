@@ -1,26 +1,39 @@
-"""Random changes to a batch of images, inside the jitted step."""
+"""Random changes to a batch of images, inside the jitted step.
+
+Every image has a key of its own: what happens to it does not depend on how many devices share the batch.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def shift(key: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
-    """Move each image by up to `pixels` along both axes; what comes in repeats the border.
+def crop(keys: jax.Array, images: jax.Array, border: int) -> jax.Array:
+    """Cut each image out of itself with a black border, anywhere.
 
     Args:
-      key: a random key.
+      keys: [batch] random keys.
       images: [batch, height, width, channels].
-      pixels: static int >= 0; 0 leaves the images alone.
+      border: static int >= 0, pixels on every side; 0 leaves the images alone.
     Returns:
       An array of the shape of `images`.
     """
-    if pixels == 0:
+    if border == 0:
         return images
-    batch, *shape = images.shape
-    padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
-    corners = jax.random.randint(key, (batch, 2), 0, 2 * pixels + 1)
 
-    def crop(image, corner):
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
+    def one(key, image):
+        padded = jnp.pad(image, ((border, border), (border, border), (0, 0)))
+        row, column = jax.random.randint(key, (2,), 0, 2 * border + 1)
+        return jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
 
-    return jax.vmap(crop)(padded, corners)
+    return jax.vmap(one)(keys, images)
+
+
+def flip(keys: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirror every other image, left to right, by chance.
+
+    Args:
+      keys: [batch] random keys.
+      images: [batch, height, width, channels].
+    """
+    mirrored = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)

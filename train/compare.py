@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import loop, metrics, report
-from train.networks import NORMS
+from train import loop, metrics
+from train.curves import NORMS, draw_curves
 
 EPOCHS_OF_INTEREST = (1, 5)
 
@@ -73,7 +73,7 @@ def train(comparison: Comparison, workdir: Path) -> Iterator[str]:
                 row = next(run)
             except loop.NonFiniteLossError as error:
                 name = f"{NORMS[norm]}, seed {comparison.seeds[i]}"
-                raise loop.NonFiniteLossError(error.step, error.loss, name) from error
+                raise loop.NonFiniteLossError(error.step, error.loss, error.layers, name) from error
             logs[norm, i].write(row)
             comparison.curves[norm][i].append(row)
             comparison.seconds = time.perf_counter() - start
@@ -127,7 +127,7 @@ def write(comparison: Comparison, workdir: Path) -> str:
         norm: [comparison.accuracies(norm, epoch) for epoch in range(1, comparison.epochs + 1)]
         for norm in comparison.trainers
     }
-    report.draw_curves(curves, workdir / "curves.png", caption=_caption(comparison))
+    draw_curves(curves, workdir / "curves.png", caption=_caption(comparison))
     return "\n".join(
         [
             "",
@@ -153,14 +153,14 @@ def _table(comparison, table):
     columns = _columns(comparison.epochs)
     yield f"Test accuracy in %, mean ± standard deviation over {len(comparison.seeds)} seeds"
     heads = [f"epoch {epoch}" for epoch in columns]
-    yield "".join([f"{'':15}", *(f"{head:>15}" for head in heads), f"{'step':>12}"])
+    yield "".join([f"{'':22}", *(f"{head:>15}" for head in heads), f"{'step':>12}"])
     for norm, row in table.items():
         cells = [
             f"{cell['mean']:.2f} ± {cell['deviation']:4.2f}"
             for cell in row["test_accuracy_percent"].values()
         ]
         step = f"{row['step_milliseconds']:.1f} ms"
-        yield "".join([f"{NORMS[norm]:15}", *(f"{cell:>15}" for cell in cells), f"{step:>12}"])
+        yield "".join([f"{NORMS[norm]:22}", *(f"{cell:>15}" for cell in cells), f"{step:>12}"])
 
 
 def _caption(comparison):

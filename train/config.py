@@ -1,17 +1,110 @@
-"""Configs: read one from its file, and answer what is wrong with it in one line."""
+"""Configs: every key with its default, and what is wrong with a config, said in one line."""
 
 import ast
 import difflib
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
 
 # An `ml_collections.ConfigDict`. Of the types of its values it knows too little to be of use to a checker.
 Config = Any
 
 # ml_collections' own flag type answers a mistake in a config with a page of traceback: hence this file.
 _PREFIX = "--config."
+
+# What a run may change when it is resumed, because it changes no number, or only where it is computed.
+FREE_TO_CHANGE = ("data_dir", "parallel", "bad_images", "log", "checkpoint")
+
+
+def default() -> Config:
+    """Return a config with every key that there is; an experiment changes what it needs.
+
+    None means: not set. Times are in epochs, sizes of batches count all devices.
+    """
+    config = ml_collections.ConfigDict()
+    config.dataset = ""  # a name of train/data
+    config.data_dir = ""  # a folder of prepared datasets or an .npz file; "": TFDS's own folder
+    config.network = "cnn"  # a name of netdeconv_jax.models.list()
+    config.norm = "deconv"  # batch, channel, deconv or none
+    config.epochs = 1
+    config.batch_size = 128
+    config.eval_batch_size = 512
+    config.seed = 0
+    config.dtype = "float32"  # of computation; parameters and statistics are float32 always
+    config.label_smoothing = 0.0
+    config.accumulate = 1  # microbatches a step
+    config.ema = 0.0  # decay of the average of the weights that is evaluated; 0: the weights
+    config.recalibrate = 0  # batches of a pass for precise (global) statistics before an evaluation
+    config.statistics = "global"  # of the whole batch, or of each "device" by itself
+    config.parallel = "jit"  # or "pmap"
+    config.bad_images = "raise"  # of photos that cannot be decoded; or "skip", and count
+
+    config.model = ml_collections.ConfigDict()
+    config.model.width = 1.0
+    config.model.layout = "full"  # or "original": the original code's network, quirks included
+
+    config.whitening = ml_collections.ConfigDict()  # laid over the network's own, see WhiteningSpec
+    config.whitening.preset = "paper"  # or "fast"
+    for name, kind in _WHITENING.items():
+        setattr(config.whitening, name, config_dict.placeholder(kind))
+
+    config.augment = ml_collections.ConfigDict()
+    config.augment.crop = 0  # pixels of black border that a random crop may reach into
+    config.augment.flip = False
+    config.augment.image_size = 224  # of datasets with images of many sizes
+    config.augment.eval_resize = 256  # of their shorter side, before the crop at the centre
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.milestones = (0.5, 0.75)  # of schedule "multistep": shares of the run
+    config.optimizer.decay = 0.1  # at each
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = False
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.decay_on = "all"  # parameters, or "kernels"
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.keep = 2  # the newest so many, and the best one
+    config.checkpoint.every_steps = 0  # between those at the ends of epochs; 0: none
+    config.log = ml_collections.ConfigDict()
+    config.log.every_steps = 50  # a row of training figures
+    config.log.diagnostics_every_steps = 0  # a row of diagnostics of every whitened layer; 0: none
+    return config
+
+
+_WHITENING = {
+    "block_size": int,
+    "num_iters": int,
+    "eps": float,
+    "momentum": float,
+    "sampling_stride": int,
+    "whiten": str,
+    "grouping": str,
+    "shared_whitener": bool,
+    "method": str,
+}
+
+
+def network_and_norm(arg: str, norms: Iterable[str]) -> tuple[str, str]:
+    """Split a config string `network,norm`.
+
+    Raises:
+      ValueError: it has another form, or the norm is none of `norms`.
+    """
+    network, _, norm = arg.partition(",")
+    if not network or norm not in norms:
+        raise ValueError(
+            f"`:network,norm` must be a network, a comma and one of {tuple(norms)}, got {arg!r}."
+        )
+    return network, norm
 
 
 def is_override(argument: str) -> bool:
@@ -42,10 +135,12 @@ def overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def seeds(texts: Sequence[str]) -> list[int]:
-    """Return the ints >= 0 that `texts` spell, or raise ValueError."""
-    if not all(text.strip().isdecimal() for text in texts):
-        raise ValueError(f"`--seeds` must be ints of at least 0, got {','.join(texts)}.")
-    return [int(text) for text in texts]
+    """Return the seeds that `texts` spell, or raise ValueError."""
+    what, holds = _MUST["seed"]
+    numbers = [int(text) if text.strip().isdecimal() else None for text in texts]
+    if not all(map(holds, numbers)):
+        raise ValueError(f"Each of `--seeds` must be {what}, got {','.join(texts)}.")
+    return [number for number in numbers if number is not None]
 
 
 def load(source: str, changes: Mapping[str, Any]) -> Config:
@@ -64,8 +159,13 @@ def load(source: str, changes: Mapping[str, Any]) -> Config:
     if spec is None or spec.loader is None:
         raise ValueError(f"`--config` must name a Python file, got {path!r}.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(*arg)
+    try:
+        spec.loader.exec_module(module)
+        get_config = module.get_config
+    except Exception as error:  # whatever the file does
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"`--config` {path} is no config: {reason}") from error
+    config = get_config(*arg)
     config.lock()
     for name, value in changes.items():
         _change(config, name, value)
@@ -73,24 +173,52 @@ def load(source: str, changes: Mapping[str, Any]) -> Config:
     return config
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested config by dotted name; tuples as lists, as JSON has them."""
+    result = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            result |= flat(dict(value), f"{prefix}{name}.")
+        else:
+            result[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line for each value of two flat configs that differs and may not when a run is resumed."""
+    names = sorted(
+        name
+        for name in {*old, *new}
+        if name.partition(".")[0] not in FREE_TO_CHANGE and old.get(name) != new.get(name)
+    )
+    return [f"{name}: was {old.get(name)!r}, is now {new.get(name)!r}" for name in names]
+
+
 def check(config: Config) -> None:
     """Raise ValueError for a key that is missing or unknown, or a value out of range.
 
-    Names of datasets, networks and optimizers, and the settings of `model`, are checked where they are used.
+    Names of datasets, networks and optimizers, and settings of the whitening, are checked where they serve.
     """
-    have = {name: v for name, v in _flat(config.to_dict()).items() if not name.startswith("model.")}
+    have = flat(config)
+    must = _MUST | {f"whitening.{name}": _ANY for name in _WHITENING}
     for name in have:
-        if name not in _MUST:
-            raise ValueError(f"`{name}` is not a key of a config; {_nearest(name, _MUST)}.")
-    for name, (what, holds) in _MUST.items():
+        if name not in must:
+            raise ValueError(f"`{name}` is not a key of a config; {_nearest(name, must)}.")
+    for name, (what, holds) in must.items():
         if name not in have:
             raise ValueError(f"`{name}` is missing from the config: it must be {what}.")
-        if isinstance(have[name], bool) or not holds(have[name]):
+        if not holds(have[name]):
             raise ValueError(f"`{name}` must be {what}, got {have[name]!r}.")
+    if config.batch_size % config.accumulate:
+        raise ValueError(
+            f"`accumulate` must divide `batch_size`={config.batch_size}, got {config.accumulate}."
+        )
+    if config.recalibrate and config.parallel == "pmap":
+        raise ValueError(f"`recalibrate` must be 0 with `parallel` pmap, got {config.recalibrate}.")
 
 
 def _change(config: Config, name: str, value: Any) -> None:
-    have = _flat(config.to_dict())
+    have = flat(config)
     if name not in have:
         raise ValueError(f"`{name}` is not a key of this config; {_nearest(name, have)}.")
     try:
@@ -98,6 +226,8 @@ def _change(config: Config, name: str, value: Any) -> None:
     except (TypeError, ValueError):
         kind = type(have[name]).__name__
         what = _MUST[name][0] if name in _MUST else f"of type {kind}"
+        if have[name] is None:
+            what = f"of type {_WHITENING[name.removeprefix('whitening.')].__name__}"
         raise ValueError(f"`{name}` must be {what}, got {value!r}.") from None
 
 
@@ -105,41 +235,76 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"the nearest is `{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}`"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{name}.")
-        else:
-            result[f"{prefix}{name}"] = value
-    return result
+Rule = tuple[str, Callable[[Any], bool]]
 
 
-def _string(value: Any) -> bool:
-    return isinstance(value, str)
+def _int_from(least: int, most: float = math.inf) -> Rule:
+    def holds(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return f"an int of at least {least}" + (
+        f" and at most {most}" if most < math.inf else ""
+    ), holds
 
 
-def _int_from(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and value >= least
+def _number(what: str, holds: Callable[[float], bool]) -> Rule:
+    def is_such(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) < math.inf and holds(value)
+
+    return f"a number {what}", is_such
 
 
-def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (int, float)) and holds(value)
+def _one_of(*values: str) -> Rule:
+    return f"one of {values}", lambda value: value in values
 
 
-_MUST: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "dataset": ("a string", _string),
-    "data_dir": ("a string", _string),
-    "network": ("a string", _string),
-    "norm": ("a string", _string),
-    "epochs": ("an int of at least 1", _int_from(1)),
-    "batch_size": ("an int of at least 1", _int_from(1)),
-    "eval_batch_size": ("an int of at least 1", _int_from(1)),
-    "seed": ("an int of at least 0", _int_from(0)),
-    "augment.shift": ("an int of at least 0", _int_from(0)),
-    "optimizer.name": ("a string", _string),
-    "optimizer.schedule": ("a string", _string),
-    "optimizer.learning_rate": ("a number above 0", _number(lambda v: v > 0)),
-    "optimizer.momentum": ("a number in [0, 1)", _number(lambda v: 0 <= v < 1)),
-    "optimizer.weight_decay": ("a number of at least 0", _number(lambda v: v >= 0)),
+def _increasing_shares(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    return numbers and all(a < b for a, b in zip([0, *value], [*value, 1], strict=True))
+
+
+_STRING: Rule = ("a string", lambda value: isinstance(value, str))
+_BOOL: Rule = ("True or False", lambda value: isinstance(value, bool))
+_ANY: Rule = ("set or None", lambda value: True)
+_SHARE: Rule = _number("in [0, 1)", lambda v: 0 <= v < 1)
+
+_MUST: dict[str, Rule] = {
+    "dataset": _STRING,
+    "data_dir": _STRING,
+    "network": _STRING,
+    "norm": _STRING,
+    "epochs": _int_from(1),
+    "batch_size": _int_from(1),
+    "eval_batch_size": _int_from(1),
+    "seed": _int_from(0, 2**32 - 1),  # a larger one would be cut to 32 bits, and be another's
+    "dtype": _one_of("float32", "bfloat16"),
+    "label_smoothing": _SHARE,
+    "accumulate": _int_from(1),
+    "ema": _SHARE,
+    "recalibrate": _int_from(0),
+    "statistics": _one_of("global", "device"),
+    "parallel": _one_of("jit", "pmap"),
+    "bad_images": _one_of("raise", "skip"),
+    "model.width": _number("above 0", lambda v: v > 0),
+    "model.layout": _one_of("full", "original"),
+    "whitening.preset": _one_of("paper", "fast"),
+    "augment.crop": _int_from(0),
+    "augment.flip": _BOOL,
+    "augment.image_size": _int_from(1),
+    "augment.eval_resize": _int_from(1),
+    "optimizer.name": _STRING,
+    "optimizer.schedule": _STRING,
+    "optimizer.learning_rate": _number("above 0", lambda v: v > 0),
+    "optimizer.warmup_epochs": _number("of at least 0", lambda v: v >= 0),
+    "optimizer.milestones": ("increasing shares of the run, in (0, 1)", _increasing_shares),
+    "optimizer.decay": _number("above 0", lambda v: v > 0),
+    "optimizer.momentum": _SHARE,
+    "optimizer.nesterov": _BOOL,
+    "optimizer.weight_decay": _number("of at least 0", lambda v: v >= 0),
+    "optimizer.decay_on": _one_of("all", "kernels"),
+    "checkpoint.keep": _int_from(2),
+    "checkpoint.every_steps": _int_from(0),
+    "log.every_steps": _int_from(1),
+    "log.diagnostics_every_steps": _int_from(0),
 }

@@ -1,208 +1,281 @@
-"""The loop: a whole dataset on the device, one jitted step, an evaluation that counts every example once."""
+"""The loop: a compiled step, fed and watched, that never waits for the device to print.
 
+`Trainer` holds what is compiled and is the same for every seed. Its method `run` is the loop.
+"""
+
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from train import augment, networks, optimizer
+from netdeconv_jax import WhiteningSpec, models
+from netdeconv_jax.interop import recalibrate
+from train import optimizer, parallel
 from train.config import Config
-from train.data import Dataset, Examples
+from train.data.input import Input
+from train.diagnostics import layer_diagnostics, nonfinite_layers
+from train.output import Output
+from train.step import Steps, TrainState
+from train.stopping import Stopped
+from train.totals import Totals
+
+# Steps that the device may be behind: enough to keep it busy, few enough to stop soon.
+IN_FLIGHT = 2
+FIGURES = ("train_loss", "train_accuracy", "learning_rate", "finite")
 
 
 class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite.
+    """The loss, or the state behind it, became NaN or infinite.
 
     Attributes:
       step: the first such step, counted from 1.
       loss: its loss.
+      layers: names of the layers whose running statistics are not finite.
     """
 
-    def __init__(self, step: int, loss: float, run: str = ""):
-        super().__init__(f"The loss is {loss} at step {step}{run and f' of {run}'}.")
-        self.step, self.loss = step, loss
-
-
-@flax.struct.dataclass
-class TrainState:
-    """What a run is, apart from its config and its data."""
-
-    step: jax.Array
-    key: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
+    def __init__(self, step: int, loss: float, layers: list[str], run: str = ""):
+        what = f"The loss is {loss}" if not math.isfinite(loss) else "The state is not finite"
+        super().__init__(f"{what} at step {step}{run and f' of {run}'}.")
+        self.step, self.loss, self.layers = step, loss, layers
 
 
 class Trainer:
-    """One config, compiled once by `compile`: runs that differ in their seed share it.
+    """One config on one dataset, compiled once by `compile`: runs that differ in their seed share it.
 
     Args:
-      config: as in `configs/digits.py`.
-      dataset: copied to the device.
+      config: as `train.config.default` describes.
+      data: what feeds it.
+      devices: to train on, default all of all processes.
 
     Attributes:
-      config: as given.
+      config, data: as given.
       model: the network.
       steps_per_epoch: int; what does not fill a batch is left out of an epoch, something else each time.
+      total_steps: of a run.
 
     Raises:
       ValueError, TypeError: an unknown network, norm or optimizer, a setting that a layer refuses, or a batch
-        larger than the training set.
+        that is larger than the training set or that the devices cannot share.
     """
 
-    def __init__(self, config: Config, dataset: Dataset):
-        self.steps_per_epoch = len(dataset.train) // config.batch_size
+    def __init__(self, config: Config, data: Input, devices: Sequence[Any] | None = None):
+        self._parallel = parallel.create(config.parallel, config.statistics, devices)
+        count = self._parallel.devices
+        for name, parts in (("batch_size", count * config.accumulate), ("eval_batch_size", count)):
+            if config[name] % parts:
+                each = f", times `accumulate`={config.accumulate}" if parts > count else ""
+                raise ValueError(
+                    f"`{name}` must be a multiple of the {count} devices{each}, got {config[name]}."
+                )
+        self.config, self.data = config, data
+        self.steps_per_epoch = data.train_size // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
-                f"`batch_size` must be at most the {len(dataset.train)} training examples, got "
+                f"`batch_size` must be at most the {data.train_size} training examples, got "
                 f"{config.batch_size}."
             )
-        self.config = config
-        self.use(dataset)
-        self.model: Any = networks.create(
-            config.network, norm=config.norm, num_classes=dataset.num_classes, **config.model
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.model = create_model(config, data.num_classes, self._parallel.layers_axis)
+        chain, rate = optimizer.create(
+            config.optimizer, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
         )
-        self._optimizer = optimizer.create(
-            config.optimizer, total_steps=config.epochs * self.steps_per_epoch
-        )
-        # Shapes alone: a setting that no layer can take is found here, not after the compilation of another.
-        self._state = jax.eval_shape(self._init_fn, jax.random.key(0))
+        self._steps = Steps(self.model, chain, rate, data, config, self._parallel.axis)
+        # Shapes alone: a setting that no layer can take is found here, before anything is compiled.
+        self.state_shapes = jax.eval_shape(self._steps.init, _key(0))
 
-    def use(self, dataset: Dataset) -> None:
-        """Go on with another dataset of the same shape; nothing is compiled anew."""
-        self._train, self._test = _on_device(dataset.train), _on_device(dataset.test)
+    def use(self, data: Input) -> None:
+        """Go on with other data of the same shape and scale; nothing is compiled anew."""
+        self.data, self._arrays = data, self._parallel.everywhere(data.arrays)
 
     def compile(self) -> float:
         """Compile everything that a run needs; return the seconds it took."""
         start = time.perf_counter()
-        key = jax.random.key(0)
-        # The step donates its state, so that nothing outside may share its arrays: init is jitted too.
-        self._init = jax.jit(self._init_fn).lower(key).compile()
-        state = self._state
-        self._order = jax.jit(self._order_fn).lower(state).compile()
-        order = jax.eval_shape(self._order_fn, state)
-        self._step = (
-            jax.jit(self._step_fn, donate_argnums=0).lower(state, order, self._train).compile()
-        )
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        self._evaluate = (
-            jax.jit(self._evaluate_fn).lower(variables, np.int32(0), self._test).compile()
-        )
+        placed = self._parallel
+        self.use(self.data)
+        key = placed.everywhere(_key(0))
+        self._init = placed.compile(self._steps.init, key)
+        state = self._init(key)
+        feed = placed.split(next(self.data.train_feeds(0, 0)))
+        self._step = placed.compile(self._steps.train, state, self._arrays, feed=feed, donate=1)
+        feed = placed.split(next(self.data.test_feeds()))
+        variables = state.variables()
+        self._evaluate = placed.compile(self._steps.evaluate, variables, self._arrays, feed=feed)
+        self._images = jax.jit(self._steps.images)
+        if self.config.log.diagnostics_every_steps:
+            stats = {"params": state.params, "batch_stats": state.batch_stats}
+            feed = placed.split(next(self.data.train_feeds(0, 0)))
+            self._moments = placed.compile(
+                self._steps.moments, state.step, stats, self._arrays, feed=feed
+            )
         return time.perf_counter() - start
 
-    def run(self, seed: int) -> Iterator[dict[str, Any]]:
-        """Train from `seed`, yielding after each epoch what `train_epoch` and `evaluate` measured."""
-        state = self.init(seed)
-        for _ in range(self.config.epochs):
-            state, row = self.train_epoch(state)
-            yield row | self.evaluate(state)
+    def run(self, seed: int, output: Output | None = None) -> Iterator[dict[str, Any]]:
+        """Train from `seed`, or go on where `output` has a checkpoint; yield a row after each epoch.
+
+        Args:
+          output: sees every step, keeps checkpoints and says when to stop; default: nothing of the kind.
+        Yields:
+          `step`, `epoch`, the means over the epoch of `train_loss` and `train_accuracy`, `learning_rate`,
+          `step_seconds`, `images_per_second`, `input_wait_share`, and `test_loss` and `test_accuracy`.
+        Raises:
+          NonFiniteLossError: the loss of a step is NaN or infinite.
+          Stopped: `output` asked for it, and its checkpoint is written.
+        """
+        output = output or Output()
+        state, size = self.init(seed), self.config.batch_size
+        epoch_totals, log_totals = Totals(size), Totals(size)
+        restored = output.restore(self.state_shapes)
+        if restored is not None:
+            state = self._parallel.everywhere(restored[0])
+            epoch_totals.load(restored[1]["epoch_totals"])
+            log_totals.load(restored[1]["log_totals"])
+        step = int(self._parallel.host(state.step))
+        feeds = self.placed_feeds(seed, step)
+        diagnosing = self.config.log.diagnostics_every_steps
+        pending: deque[tuple[int, jax.Array, float]] = deque()
+
+        # A run that was stopped in an evaluation has all steps of the epoch behind it, and begins with that.
+        owed = epoch_totals.steps == self.steps_per_epoch
+        while step < self.total_steps or owed:
+            if not owed:
+                start = time.perf_counter()
+                feed = next(feeds)
+                waited = time.perf_counter() - start
+                state, figures = self.step(state, feed)
+                step += 1
+                pending.append((step, figures, waited))
+                if diagnosing and step % diagnosing == 0:
+                    output.diagnose(step, self.diagnose(state, feed))
+            owed = False
+
+            epoch, rest = divmod(step, self.steps_per_epoch)
+            stopping = output.stop_requested(step)
+            saving = not rest or stopping is not None or output.checkpoint_due(step)
+            while len(pending) > (0 if saving else IN_FLIGHT):
+                done, figures, waited = pending.popleft()
+                values = self._parallel.host(figures).tolist()
+                row: dict[str, float] = dict(zip(FIGURES, values, strict=True))
+                if not (row.pop("finite") and math.isfinite(row["train_loss"])):
+                    raise self._non_finite(done, row["train_loss"], state)
+                epoch_totals.add(row, waited)
+                log_totals.add(row, waited)
+                output.step(done, row, waited)
+                if done % self.config.log.every_steps == 0:
+                    place = {"step": done, "epoch": done / self.steps_per_epoch}
+                    output.log(place | log_totals.row())
+                    log_totals = Totals(size)
+
+            result = None
+            if not rest:
+                evaluation = self.evaluate(self.variables(state, seed), output.interrupted)
+                if evaluation is None:
+                    stopping = output.interrupted()
+                else:
+                    result = {"step": step, "epoch": epoch} | epoch_totals.row() | evaluation
+                    epoch_totals = Totals(size)
+                    output.epoch(result)
+            if saving:
+                if output.saves:
+                    meta = {"epoch_totals": epoch_totals.saved(), "log_totals": log_totals.saved()}
+                    output.save(step, self._parallel.host(state), meta, result)
+                epoch_totals.restart_clock()
+                log_totals.restart_clock()
+            if stopping is not None:
+                raise Stopped(step, stopping)
+            if result is not None:
+                yield result
+                epoch_totals.restart_clock()  # whoever asked may have taken their time
+                log_totals.restart_clock()
+
+        output.finish(self._parallel.host(self.variables(state, seed)))
 
     def init(self, seed: int) -> TrainState:
         """Return the state before the first step."""
-        return self._init(jax.random.key(seed))
+        return self._init(self._parallel.everywhere(_key(seed)))
 
-    def train_epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """Train for one epoch, waiting for the device only at its end.
+    def step(self, state: TrainState, feed: Any) -> tuple[TrainState, jax.Array]:
+        """Return the state after a step, which takes over the memory of the old one, and `FIGURES`."""
+        return self._step(state, self._arrays, feed)
 
-        Args:
-          state: its memory is given to the result.
-        Returns:
-          The state afterwards; and `step`, the steps so far, `epoch`, `train_loss`, the mean over the epoch,
-          and `step_seconds`, the mean time of a step.
-        Raises:
-          NonFiniteLossError: the loss of a step is NaN or infinite.
+    def variables(self, state: TrainState, seed: int) -> dict[str, Any]:
+        """Return what is evaluated: average weights and precise statistics, if the config wants them."""
+        variables = state.variables()
+        if not self.config.recalibrate:
+            return variables
+        step = int(self._parallel.host(state.step))
+        feeds = itertools.islice(self.placed_feeds(seed, step), self.config.recalibrate)
+        # One after another, or the device would have to hold them all.
+        images = (
+            jax.block_until_ready(self._images(state.key, step + i, self._arrays, feed))
+            for i, feed in enumerate(feeds)
+        )
+        noise = {"dropout": jax.random.key(seed)}
+        return self._parallel.whole(recalibrate(self.model, variables, images, rngs=noise))
+
+    def evaluate(
+        self, variables: dict[str, Any], interrupted: Callable[[], int | None] = lambda: None
+    ) -> dict[str, float] | None:
+        """Return `test_loss` and `test_accuracy` over the whole test set, each example counted once.
+
+        None if `interrupted` returns a signal meanwhile.
         """
-        first = int(state.step)
-        order = self._order(state)
-        start = time.perf_counter()
-        losses = []
-        for _ in range(self.steps_per_epoch):
-            state, loss = self._step(state, order, self._train)
-            losses.append(loss)
-        losses = np.array(jax.device_get(losses))
-        seconds = time.perf_counter() - start
-        broken = np.flatnonzero(~np.isfinite(losses))
-        if len(broken):
-            raise NonFiniteLossError(first + int(broken[0]) + 1, float(losses[broken[0]]))
-        step = first + len(losses)
-        return state, {
-            "step": step,
-            "epoch": step // self.steps_per_epoch,
-            "train_loss": float(losses.mean()),
-            "step_seconds": seconds / len(losses),
-        }
+        sums, pending = np.zeros(3), deque()
+        for feed in self.data.test_feeds():
+            if interrupted() is not None:
+                return None
+            pending.append(self._evaluate(variables, self._arrays, self._parallel.split(feed)))
+            if len(pending) > IN_FLIGHT:  # or the device would have to hold the whole test set
+                sums += self._parallel.host(pending.popleft())
+        loss, correct, count = sum((self._parallel.host(batch) for batch in pending), sums)
+        return {"test_loss": float(loss / count), "test_accuracy": float(correct / count)}
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Return `test_loss` and `test_accuracy` over the whole test set."""
+    def diagnose(self, state: TrainState, feed: Any) -> dict[str, dict[str, Any]]:
+        """Return figures of every whitened layer on the batch of `feed`, see `train.diagnostics`."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        batches = math.ceil(len(self._test) / self.config.eval_batch_size)
-        sums = [self._evaluate(variables, np.int32(i), self._test) for i in range(batches)]
-        totals = np.array(jax.device_get(sums), np.float64).sum(axis=0)
-        loss, correct = totals / len(self._test)
-        return {"test_loss": float(loss), "test_accuracy": float(correct)}
-
-    def _init_fn(self, key):
-        key, init_key = jax.random.split(key)
-        variables = self.model.init(init_key, self._train.images[:1], train=False)
-        params, batch_stats = variables["params"], variables["batch_stats"]
-        return TrainState(
-            jnp.zeros((), jnp.int32), key, params, batch_stats, self._optimizer.init(params)
+        moments = self._moments(state.step, variables, self._arrays, feed)
+        stats, spec = self._parallel.host(state.batch_stats), self.model.spec
+        products = spec.root.products if hasattr(spec.root, "products") else 12
+        return layer_diagnostics(
+            self._parallel.host(moments), stats, eps=spec.eps, root_products=products
         )
 
-    def _order_fn(self, state):
-        epoch_key = jax.random.fold_in(state.key, state.step)
-        return jax.random.permutation(epoch_key, len(self._train))
+    def placed_feeds(self, seed: int, first_step: int) -> Iterator[Any]:
+        """Put feeds on the devices; one that comes again, as a resident epoch's does, is there already."""
+        last = placed = None
+        for feed in self.data.train_feeds(seed, first_step):
+            if feed is not last:
+                last, placed = feed, self._parallel.split(feed)
+            yield placed
 
-    def _step_fn(self, state, order, examples):
-        config = self.config
-        position = state.step % self.steps_per_epoch * config.batch_size
-        chosen = jax.lax.dynamic_slice_in_dim(order, position, config.batch_size)
-        # The orders of the epochs are drawn from `key` itself; this is another branch of it.
-        step_key = jax.random.fold_in(jax.random.split(state.key)[1], state.step)
-        images = augment.shift(step_key, examples.images[chosen], config.augment.shift)
-        labels = examples.labels[chosen]
-
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updates = self.model.apply(
-                variables, images, train=True, mutable=["batch_stats"]
-            )
-            return _cross_entropy(logits, labels).mean(), updates["batch_stats"]
-
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-        state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        return state, loss
-
-    def _evaluate_fn(self, variables, batch, examples):
-        size = self.config.eval_batch_size
-        index = batch * size + jnp.arange(size)
-        counted = index < len(
-            examples
-        )  # the last batch runs over the end: what is past it weighs 0
-        index = jnp.minimum(index, len(examples) - 1)
-        labels = examples.labels[index]
-        logits = self.model.apply(variables, examples.images[index], train=False)
-        loss = jnp.where(counted, _cross_entropy(logits, labels), 0).sum()
-        correct = jnp.where(counted, logits.argmax(-1) == labels, False).sum()
-        return loss, correct
+    def _non_finite(self, step: int, loss: float, state: TrainState) -> NonFiniteLossError:
+        layers = nonfinite_layers(self._parallel.host(state.batch_stats))
+        return NonFiniteLossError(step, loss, layers)
 
 
-def _on_device(examples: Examples) -> Examples:
-    return Examples(jnp.asarray(examples.images), jnp.asarray(examples.labels))
+def create_model(config: Config, num_classes: int, axis_name: str | None) -> Any:
+    """Return the network that a config describes.
+
+    Raises:
+      ValueError, TypeError: the zoo knows no such network or norm, or a setting of the whitening is bad.
+    """
+    settings = {k: v for k, v in config.whitening.items() if k != "preset" and v is not None}
+    spec = WhiteningSpec.fast() if config.whitening.preset == "fast" else WhiteningSpec()
+    return models.create(
+        config.network,
+        config.norm,
+        num_classes,
+        spec.replace(**settings),
+        config.model.layout,
+        width=config.model.width,
+        dtype=None if config.dtype == "float32" else config.dtype,
+        axis_name=axis_name,
+    )
 
 
-def _cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+def _key(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))

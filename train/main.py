@@ -1,35 +1,56 @@
 r"""Train a network as a config says, or several norms side by side.
 
-  python -m train.main --config=configs/digits.py:cnn,deconv --workdir=runs/x --config.epochs=3
+  python -m train.main --config=configs/fashion_mnist.py:lenet,deconv --workdir=runs/x --config.epochs=3
   python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 \
       --workdir=runs/demo
 
-`metrics.jsonl` below the workdir gets a line an epoch. A comparison ends with a table, a picture of the
-curves and `comparison.json`, all figures. Ctrl-C leaves what was measured so far, and exit status 130; a bad
-config ends with status 2, a loss that is not finite with status 1, each with one line.
+The same command resumes what is in the workdir. What a run leaves there: train/workdir.py. A comparison ends
+with a table, a picture of the curves and `comparison.json`, and starts anew each time.
+
+Exit status: 0 when all is done; 143 after SIGTERM and 130 after Ctrl-C, with everything on disk: run the
+same command again; 1 for a loss that is not finite and for data that cannot be read; 2 for a mistake in the
+command or its config. Each comes with one line that says what happened.
 """
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
-from train import compare, data, loop, metrics
+from train import cluster, compare, data, loop, stopping
 from train import config as configs
+from train.checkpoints import DamagedError
+from train.workdir import Workdir
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", None, "File and config string: configs/digits.py:cnn,deconv.")
 flags.DEFINE_string("workdir", None, "Folder for everything that a run writes.")
 flags.DEFINE_list("compare", [], "Norms to train side by side, for that of the config string.")
 flags.DEFINE_list("seeds", [], "Seeds of a comparison, for that of the config.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, where no scheduler tells it.")
+flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+flags.DEFINE_integer("process_id", None, "Which of them this one is, with --coordinator.")
+flags.DEFINE_string(
+    "compilation_cache", "~/.cache/netdeconv_jax", "Folder of compiled programs; empty: none."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> int:
     """Train; return the exit status."""
+    started = time.monotonic()
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
+    if not FLAGS.compare:
+        # Nothing is to be saved before training begins, and a compiler that Python interrupts crashes.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # ---- What to train: every mistake of the user's is found here.
     try:
+        cluster.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        _cache_programs(FLAGS.compilation_cache)
         overrides = configs.overrides(argv[1:])
         seeds = configs.seeds(FLAGS.seeds)
         if FLAGS.compare:
@@ -41,50 +62,100 @@ def main(argv: list[str]) -> int:
             config = configs.load(FLAGS.config, overrides)
             chosen = {config.norm: config}
         config = next(iter(chosen.values()))
-        dataset = data.load(config.dataset, config.data_dir)
-        trainers = {norm: loop.Trainer(config, dataset) for norm, config in chosen.items()}
-        workdir = Path(FLAGS.workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"train: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        examples = data.create(config)
+        trainers = {norm: loop.Trainer(config, examples) for norm, config in chosen.items()}
+        workdir = _workdir(FLAGS.workdir)
+        stop = stopping.Stop()
+        output = None if FLAGS.compare else Workdir(workdir, trainers[config.norm], stop, started)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        return _complain(error, 2)
 
-    # ---- Training, an epoch at a time.
-    comparison = compare.Comparison(trainers, seeds or [config.seed])
+    # ---- Training.
+    try:
+        if output is None:
+            return _compare(compare.Comparison(trainers, seeds or [config.seed]), workdir)
+        return _train(trainers[config.norm], output, stop)
+    except (ValueError, OSError, DamagedError) as error:  # of data that cannot be read
+        return _complain(error, 1)
+    finally:
+        examples.close()
+
+
+def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
+    """Run to the end, or to where it has to stop."""
+    workdir.say(f"{trainer.config.network}, {trainer.config.norm}: compiling ...")
+    workdir.say(f"Compiled in {trainer.compile():.1f} s.")
+    try:
+        with stop:
+            for _ in trainer.run(trainer.config.seed, workdir):
+                pass
+    except stopping.Stopped as stopped:
+        workdir.close()
+        workdir.say(f"{stopped} The same command goes on from there.")
+        return stopped.exit_status
+    except loop.NonFiniteLossError as error:
+        workdir.close()
+        workdir.leave("nonfinite.json", {"step": error.step, "layers": error.layers})
+        layers = (
+            f" Not finite are the statistics of: {', '.join(error.layers)}." if error.layers else ""
+        )
+        return _complain(f"{error}{layers} A lower learning rate may help.", 1)
+    finally:
+        workdir.close()
+    workdir.say(f"Done: {workdir.path / 'report.html'}")
+    return 0
+
+
+def _compare(comparison: compare.Comparison, workdir: Path) -> int:
+    """Train several norms, an epoch of each in turn."""
     status = 0
     try:
-        for trainer in trainers.values():
+        for trainer in comparison.trainers.values():
             seconds = trainer.compile()
-            print(
-                f"{trainer.config.network}, {trainer.config.norm}: compiled in {seconds:.1f} s",
-                flush=True,
-            )
-        if FLAGS.compare:
-            for line in compare.train(comparison, workdir):
-                print(line, flush=True)
-        else:
-            log = metrics.JsonLines(workdir / "metrics.jsonl")
-            for row in trainers[config.norm].run(config.seed):
-                log.write(row)
-                print(metrics.progress(row, config.epochs), flush=True)
-            print(f"Metrics: {workdir / 'metrics.jsonl'}")
+            name = f"{trainer.config.network}, {trainer.config.norm}"
+            print(f"{name}: compiled in {seconds:.1f} s", flush=True)
+        for line in compare.train(comparison, workdir):
+            print(line, flush=True)
     except KeyboardInterrupt:
         print("\nInterrupted: what was measured until here stays.", file=sys.stderr)
         status = 130
     except loop.NonFiniteLossError as error:
-        print(f"train: {error} A lower learning rate may help.", file=sys.stderr)
-        status = 1
-
-    # ---- What came of it.
+        status = _complain(f"{error} A lower learning rate may help.", 1)
     if comparison.epochs:
         print(compare.write(comparison, workdir))
     return status
 
 
+def _workdir(name: str) -> Path:
+    """Return the folder `name`, made if it is not there."""
+    if not name:  # of a variable that is not set; the current folder is `.`
+        raise ValueError("`--workdir` must name a folder, got ''.")
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"`--workdir` {folder} cannot be made: {error.strerror}.") from error
+    return folder
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"train: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+    return status
+
+
+def _cache_programs(folder: str) -> None:
+    """Keep compiled programs, so that a run that is resumed compiles nothing."""
+    if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse absl's flags; leave `--config.x=y` for the config that it changes."""
     ours = [arg for arg in argv[1:] if configs.is_override(arg)]
-    return FLAGS(argv[:1] + [arg for arg in argv[1:] if arg not in ours]) + ours
+    try:
+        return FLAGS(argv[:1] + [arg for arg in argv[1:] if arg not in ours]) + ours
+    except flags.Error as error:  # a flag that is unknown, missing or no number
+        sys.exit(_complain(error, 2))
 
 
 if __name__ == "__main__":

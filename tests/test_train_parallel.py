@@ -1,0 +1,138 @@
+"""However the work is shared out, a run has the same numbers: devices, jit or pmap, processes."""
+
+import signal
+import socket
+
+import jax
+import numpy as np
+import pytest
+from trainer_process import TrainerProcess, checkpoints, figures, rows
+
+from netdeconv_jax.interop.weights import load_weights
+from train import config as configs
+from train import data, loop
+from train.output import Output
+
+# Rounding grows with the learning rate: at 0.1 whitened LeNet turns 1e-6 into 1e-2 in these 20 steps, on one
+# device too if one bit of its first image is changed.
+SETTINGS = {
+    "epochs": 1,
+    "batch_size": 56,  # 21 steps an epoch
+    "eval_batch_size": 104,  # six batches, the last of them with 25 examples of padding
+    "whitening.block_size": 4,
+    "optimizer.learning_rate": 0.01,
+}
+STEPS = 20
+
+
+class Watch(Output):
+    """Keeps the state after 20 steps."""
+
+    saves = True
+
+    def checkpoint_due(self, step):
+        return step == STEPS
+
+    def save(self, step, state, meta, row):
+        if step == STEPS:
+            self.state = state
+
+
+def trained(norm="deconv", devices=None, **settings):
+    config = configs.load(f"configs/digits.py:lenet,{norm}", SETTINGS | settings)
+    trainer = loop.Trainer(config, data.create(config), devices)
+    trainer.compile()
+    watch = Watch()
+    (row,) = trainer.run(0, watch)
+    return watch.state, row
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {norm: trained(norm, jax.devices()[:1]) for norm in ("batch", "deconv")}
+
+
+def assert_same(one, other, tolerance=1e-5):
+    """Parameters, statistics and momenta agree, and so do the evaluations."""
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
+        scale = max(1.0, float(np.abs(a).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+    assert abs(one[1]["test_loss"] - other[1]["test_loss"]) < tolerance
+    assert abs(one[1]["test_accuracy"] - other[1]["test_accuracy"]) < 2 / 599
+
+
+@pytest.mark.parametrize("norm", ["batch", "deconv"])
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_eight_devices_train_as_one_does(alone, norm, parallel):
+    assert_same(alone[norm], trained(norm, parallel=parallel))
+
+
+def test_statistics_of_each_device_are_the_same_under_jit_and_pmap_and_not_the_global_ones(alone):
+    jit = trained(statistics="device")
+    assert_same(jit, trained(statistics="device", parallel="pmap"))
+    with pytest.raises(AssertionError):
+        assert_same(alone["deconv"], jit, tolerance=1e-3)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    with pytest.raises(
+        ValueError, match="`batch_size` must be a multiple of the 8 devices, got 60"
+    ):
+        trained(batch_size=60)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def two_processes(workdir, cache, **config):
+    port = free_port()
+    return [
+        TrainerProcess(
+            workdir,
+            cache,
+            environment={"JAX_NUM_CPU_DEVICES": "2"},
+            flags=(
+                f"--coordinator=127.0.0.1:{port}",
+                "--num_processes=2",
+                f"--process_id={index}",
+            ),
+            **config,
+        )
+        for index in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(tmp_path, parallel):
+    settings = {"epochs": 1, "optimizer__learning_rate": 0.01, "eval_batch_size": 200}
+    one = TrainerProcess(
+        tmp_path / "one", tmp_path / "cache", environment={"JAX_NUM_CPU_DEVICES": "4"}, **settings
+    )
+    one.succeed()
+    both = two_processes(tmp_path / "two", tmp_path / "cache", parallel=parallel, **settings)
+    for process in both:
+        process.succeed()
+    expected, got = (
+        load_weights(tmp_path / name / "model.safetensors")[0] for name in ("one", "two")
+    )
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert figures(tmp_path / "two")[-1]["test_loss"] == pytest.approx(
+        figures(tmp_path / "one")[-1]["test_loss"], abs=1e-5
+    )
+    steps = [row["step"] for row in rows(tmp_path / "two") if "test_loss" not in row]
+    assert steps == [4, 8, 12, 16], "one process writes, the other does not"
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    settings = {"epochs": 1000, "checkpoint__every_steps": 0}
+    both = two_processes(tmp_path / "run", tmp_path / "cache", **settings)
+    both[1].workdir = tmp_path / "run"
+    both[1].signal_after(5, signal.SIGTERM)
+    outcomes = [process.finish() for process in both]
+    assert [status for status, _, _ in outcomes] == [128 + signal.SIGTERM] * 2, outcomes
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert f"Stopped after step {newest}." in outcomes[0][1]

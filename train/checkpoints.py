@@ -1,0 +1,200 @@
+"""Checkpoints of a run: atomic, checked when they are read, kept until there are better ones.
+
+Orbax writes them in the background. It cannot tell a checkpoint that a failing disk has changed from a good
+one, so each carries a checksum of every array; one that is not whole is set aside, and the one before serves.
+"""
+
+import logging
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+Meta = dict[str, Any]
+
+# What goes wrong is said here, in a line; Orbax' threads would add a page to each.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _without_echoes(then: Any) -> Any:
+    """Return an unraisablehook without what comes of a failed write or read after it has been told of.
+
+    The other arrays' reads and writes report to an event loop that is closed by then, a page for each.
+    """
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            then(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_echoes(sys.unraisablehook)
+
+
+class DamagedError(Exception):
+    """No checkpoint of a run can be read."""
+
+
+class Checkpoints:
+    """The checkpoints `<folder>/<step>/` of one run. Arrays are NumPy's, on every process the same.
+
+    Args:
+      folder: made if it is not there.
+      keep: the newest so many are kept, and the one with the best accuracy.
+      warn: called with one line for whatever goes wrong without stopping the run.
+    """
+
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]):
+        self._folder, self._warn = folder.absolute(), warn
+        self._aside = self._folder.parent / "damaged"
+        self._newest = 0
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["test_accuracy"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=kept, cleanup_tmp_directories=True
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Return the steps that there are checkpoints of, the newest last."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, meta: Meta, test_accuracy: float | None = None) -> None:
+        """Begin to write a checkpoint; a failure is a warning, and the run goes on.
+
+        Args:
+          step: nothing happens if there is a checkpoint of it.
+          state: a tree of NumPy arrays, not changed afterwards.
+          meta: what JSON can hold.
+          test_accuracy: by which the best one is told; without, it is never the best.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        metrics = None if test_accuracy is None else {"test_accuracy": test_accuracy}
+        meta = meta | {"arrays": _arrays(state), "checksums": _checksums(state)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._newest = step
+        self._tolerate(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
+
+    def restore(self, like: Any) -> tuple[Any, Meta] | None:
+        """Return state and meta of the newest checkpoint that is whole, None if there are none at all.
+
+        Args:
+          like: the shapes and dtypes of the state.
+        Raises:
+          ValueError: the newest one holds other arrays than `like`.
+          DamagedError: there are checkpoints, and not one can be read; or all were set aside before: a
+            scheduler that tries again must not make the run begin anew, over what the old one left.
+        """
+        steps = self.steps()
+        wanted = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore()
+        )
+        for step in reversed(steps):
+            try:
+                only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+                arrays = self._manager.restore(step, args=only_meta)["meta"]["arrays"]
+            except Exception as error:  # whatever a broken file makes of its reader
+                self._set_aside(step, _reason(error))
+                continue
+            if arrays != _arrays(wanted):
+                differ = sorted({*map(str, arrays)} ^ {*map(str, _arrays(wanted))})
+                raise ValueError(
+                    f"The checkpoints in {self._folder} hold other arrays than this program's state, such as "
+                    f"{differ[0]}: they were written by another version of it or of a package."
+                )
+            try:
+                restored = self._manager.restore(step, args=args)
+                state, meta = restored["state"], restored["meta"]
+                del meta["arrays"]
+                if meta.pop("checksums") != _checksums(state):
+                    raise ValueError("an array is not what was saved")
+                return state, meta
+            except Exception as error:
+                self._set_aside(step, _reason(error))
+        if steps or self._aside.is_dir():
+            raise DamagedError(
+                f"No checkpoint in {self._folder} can be read; they were moved to {self._aside}. To start "
+                "anew, use another workdir."
+            )
+        return None
+
+    def wait(self) -> None:
+        """Wait until everything is on disk; a failure is a warning."""
+        self._tolerate(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Wait, and release threads."""
+        self.wait()
+        self._tolerate(self._manager.close)
+
+    def _tolerate(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # a full disk shows itself as one of several
+            self._warn(
+                f"the checkpoint of step {self._newest} could not be written ({_reason(error)}); training "
+                "goes on without it."
+            )
+            if jax.process_index() == 0:  # half of it would only make the disk fuller
+                for half in self._folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(half, ignore_errors=True)
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        self._warn(
+            f"the checkpoint of step {step} is damaged ({reason}); moved to {self._aside}, taking the "
+            "one before."
+        )
+        if jax.process_index() == 0:
+            self._aside.mkdir(exist_ok=True)
+            target = self._aside / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            (self._folder / str(step)).rename(target)
+        self._manager.reload()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _arrays(tree: Any) -> list[list[Any]]:
+    """Return name, shape and dtype of every array, as JSON has them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [
+        [jax.tree_util.keystr(path), list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
+    ]
+
+
+def _checksums(tree: Any) -> list[int]:
+    # The bytes of a contiguous array as they lie there: no copy of a large state.
+    return [
+        zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def check_space(workdir: Path, state: Any, keep: int) -> None:
+    """Raise OSError if the disk has no room for the checkpoints that a run keeps, and one in the making."""
+    size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed, free = (keep + 2) * size, shutil.disk_usage(workdir).free
+    if free < needed:
+        raise OSError(
+            f"`workdir` {workdir} has {free / 2**20:.0f} MiB left; the checkpoints of this run need "
+            f"{needed / 2**20:.0f} MiB."
+        )
