@@ -26,7 +26,7 @@ COLUMNS = {"first_epoch": 1, "fifth_epoch": 5, "last_epoch": 0}  # 0: whichever 
 
 def main() -> None:
     """Sweep both norms and write `RESULT`."""
-    dataset = data.load("digits")
+    dataset = data.load_dataset("digits")
     folds = [data.hold_out(dataset, fold, FOLDS) for fold in range(FOLDS)]
     sweep = {norm: [measure(norm, rate, folds) for rate in RATES] for norm in digits.LEARNING_RATES}
     best = {norm: choose(rows) for norm, rows in sweep.items()}
@@ -58,11 +58,11 @@ def measure(norm: str, rate: float, folds: list[data.Dataset]) -> dict:
     """Return accuracies after the epochs of `COLUMNS`, of every fold and seed."""
     config: Config = digits.get_config(f"cnn,{norm}")
     config.optimizer.learning_rate = rate
-    trainer = loop.Trainer(config, folds[0])
+    trainer = loop.Trainer(config, data.Resident(folds[0], config))
     trainer.compile()
     runs = []
     for fold in folds:
-        trainer.use(fold)
+        trainer.use(data.Resident(fold, config))
         runs += [accuracies(trainer, seed) for seed in SEEDS]
     result: dict = {"learning_rate": rate}
     for name, epoch in COLUMNS.items():
