@@ -53,12 +53,18 @@ def alone():
 
 
 def assert_same(one, other, tolerance=1e-5):
-    """Parameters and statistics agree, and so do the evaluations."""
+    """Parameters, statistics and momenta agree, and so do the evaluations."""
     (state, row), (other_state, other_row) = one, other
     learnt, other_learnt = ((s.params, s.batch_stats) for s in (state, other_state))
     for a, b in zip(jax.tree.leaves(learnt), jax.tree.leaves(other_learnt), strict=True):
         scale = max(1.0, float(np.abs(a).max()))
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+    momenta = zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(other_state.opt_state), strict=True
+    )
+    for a, b in momenta:  # they reach the parameters times the learning rate
+        rate = SETTINGS["optimizer.learning_rate"]
+        np.testing.assert_allclose(rate * a, rate * b, rtol=0, atol=tolerance)
     assert abs(row["test_loss"] - other_row["test_loss"]) < tolerance
     assert abs(row["test_accuracy"] - other_row["test_accuracy"]) < 2 / 599
 
