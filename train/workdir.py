@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jax
 
@@ -57,9 +57,12 @@ class Workdir(Output):
         self._started: float | None = started
         path.mkdir(parents=True, exist_ok=True)
         checkpoints.check_space(path, trainer.state_shapes, self._config.checkpoint.keep)
-        if self.active:
-            self._lock()
-        self._check_config()
+        self._locked = self._lock() if self.active else None
+        try:
+            self._check_config()
+        except BaseException:
+            self.close()
+            raise
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """See `Output`."""
@@ -171,11 +174,13 @@ class Workdir(Output):
         )
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything is on disk, and give the folder free."""
         if self._checkpoints is not None and self._progress is not None:
             self._progress.close()
             self._checkpoints.close()
             self._events.close()
+        if self._locked is not None:
+            self._locked.close()
 
     def say(self, text: str) -> None:
         """Tell the user something."""
@@ -222,15 +227,17 @@ class Workdir(Output):
             metrics.replace(file, _json(new))
             (self.path / "nonfinite.json").unlink(missing_ok=True)
 
-    def _lock(self) -> None:
-        """Keep the folder for this process until it ends, however it ends."""
-        self._locked = (self.path / ".lock").open("w")
+    def _lock(self) -> IO[str]:
+        """Keep the folder for this process until it closes the file or ends, however it ends."""
+        file = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise ValueError(f"`workdir` {self.path} is in use by another run.") from None
         except OSError:  # a file system that knows no locks
             pass
+        return file
 
 
 def _json(content: Any) -> bytes:
