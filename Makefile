@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | docs
+# make demo | test | test-all | lint | format | docs | models-page
 # Everything runs in .venv, which the first target that needs it makes. PYTHON=... picks the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-all lint format docs clean
+.PHONY: demo test test-all lint format docs models-page clean
 
 demo: .venv/train
 	$(BIN)/python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 \
@@ -42,8 +42,16 @@ format: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,test]"
 	@touch $@
 
-docs: .venv/test
+docs: .venv/docs
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
+
+models-page: .venv/test
 	$(BIN)/python docs/models_page.py
+
+.venv/docs: .venv/test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,test,docs]"
+	@touch $@
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -15,7 +15,7 @@ from netdeconv_jax.models.registry import info
 from netdeconv_jax.models.units import NORMS
 
 NAMES = list(models.list())
-REPRESENTATIVES = ("mlp", "lenet", "vgg11", "resnet18", "senet18", "vgg11_imagenet")
+REPRESENTATIVES = ("mlp", "cnn", "lenet", "vgg11", "resnet18", "senet18")
 # Compiling is what these tests cost; optimizing what runs once or twice is not worth it.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -27,7 +27,8 @@ def slow_unless(names):
 def small(name, norm, **options):
     """A narrow form of a network, its variables, eight small images and their labels."""
     width = 0.25 if info(name).parameters > 1e6 else 1.0
-    model = models.create(name, norm, 5, WhiteningSpec(block_size=8), width=width, **options)
+    spec = WhiteningSpec(block_size=8, num_iters=2)  # fewer steps, less to compile
+    model = models.create(name, norm, 5, spec, width=width, **options)
     size = max(16, model.minimum_size or 0)
     x = jax.random.normal(jax.random.key(1), (8, size, size, 3))
     init = jax.jit(model.init, compiler_options=QUICK)
@@ -104,7 +105,10 @@ def test_a_narrow_network_trains_and_evaluates_on_eight_devices(name, norm):
     check_step(model, norm, *over_eight_devices(variables, x, labels))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "norm",
+    [pytest.param(n, marks=() if n in ("batch", "deconv") else pytest.mark.slow) for n in NORMS],
+)
 @pytest.mark.parametrize("name", slow_unless(REPRESENTATIVES))
 def test_a_narrow_network_trains_and_evaluates_in_bfloat16(name, norm):
     model, variables, x, labels = small(name, norm, dtype=jnp.bfloat16)
