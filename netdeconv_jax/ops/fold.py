@@ -1,5 +1,6 @@
 """Whitening folded into the kernel: `(X - mu) D w + b = X (D w) + (b - mu D w)`."""
 
+import functools
 import math
 from typing import Any
 
@@ -60,6 +61,14 @@ def fold(
         raise ValueError(
             f"`kernel` has {features} features, not divisible by {groups.feature_groups} feature groups."
         )
+    return _fold(kernel, bias, mean, whitener, groups, jnp.dtype(dtype))
+
+
+# `jit`: one program where nobody else compiles, and a trace that equal layers share.
+@functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
+def _fold(kernel, bias, mean, whitener, groups, dtype):
+    *kernel_size, channels, features = kernel.shape
+    taps, columns = math.prod(kernel_size), groups.sets * groups.groups * groups.width
     own_taps = taps if columns == channels * taps else 1
     shared_taps, per_group = taps // own_taps, features // groups.feature_groups
 

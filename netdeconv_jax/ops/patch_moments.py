@@ -3,6 +3,7 @@
 What a layer needs is the moments, never the patch matrix; whoever can get them cheaper replaces this.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -63,16 +64,11 @@ def patch_moments(
         raise ValueError(f"`sampling_stride` must be at least 1, got {sampling_stride}.")
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
-    if _pointwise(groups, x.shape[-1]):
-        step = math.prod(s * sampling_stride for s in geometry.strides)
-        columns, weights = _sampled_pixels(x, mask, step, axis_name, axis_index_groups)
-    else:
-        columns, weights = _sampled_patches(x, mask, geometry, sampling_stride)
-    rows = groups.split(columns)  # [batch, *rows, feature groups, sets, groups, width]
-    axes = (*range(columns.ndim - 1), rows.ndim - 2)
-    if weights is not None:
-        weights = weights[..., None, None, None]
-    result = moments(rows, weights, axes=axes, dtype=dtype)
+    if axis_index_groups is not None:
+        axis_index_groups = tuple(map(tuple, axis_index_groups))
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    axis = (axis_name, axis_index_groups)
+    result = _own_moments(x, mask, geometry, groups, sampling_stride, axis, jnp.dtype(dtype))
     if axis_name is not None:
         result = result.psum(axis_name, axis_index_groups)
     shape = groups.stat_shape
@@ -82,6 +78,22 @@ def patch_moments(
         result.mean.reshape(*shape, groups.width),
         result.cov.reshape(*shape, groups.width, groups.width),
     )
+
+
+# `jit`: one program where nobody else compiles, and a trace that equal layers share.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
+def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype):
+    """The moments of this device's samples."""
+    if _pointwise(groups, x.shape[-1]):
+        step = math.prod(s * sampling_stride for s in geometry.strides)
+        columns, weights = _sampled_pixels(x, mask, step, *axis)
+    else:
+        columns, weights = _sampled_patches(x, mask, geometry, sampling_stride)
+    rows = groups.split(columns)  # [batch, *rows, feature groups, sets, groups, width]
+    axes = (*range(columns.ndim - 1), rows.ndim - 2)
+    if weights is not None:
+        weights = weights[..., None, None, None]
+    return moments(rows, weights, axes=axes, dtype=dtype)
 
 
 def sampled_rows(

@@ -58,6 +58,11 @@ def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.A
     coefficients = chebyshev_coefficients(num_iters, float(tol))
     if coefficients is None:
         return newton_schulz(cov, num_iters=num_iters)
+    return _inverse_sqrt(cov, coefficients)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _inverse_sqrt(cov: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
     norm = frobenius_norm(cov)[..., None, None]
     eye = identity_like(cov)
     x = (2 / norm) * cov - eye

@@ -5,6 +5,8 @@ it is *not* the exact root: directions far below the Frobenius norm stay damped,
 ridge. Compare `newton_schulz` with its own scalar recursion on the eigenvalues, never with `eigh`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,12 @@ def newton_schulz(cov: jax.Array, *, num_iters: int = 5) -> jax.Array:
       [[0.5]]
     """
     check_num_iters(num_iters)
-    cov = check_square(cov)
+    return _iterate(check_square(cov), int(num_iters))
+
+
+# `jit`: one program where nobody else compiles, and a trace that equal layers share.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _iterate(cov: jax.Array, num_iters: int) -> jax.Array:
     eye = identity_like(cov)
     norm = frobenius_norm(cov)[..., None, None]
     y, z = cov / norm, None
