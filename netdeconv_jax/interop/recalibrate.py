@@ -65,7 +65,7 @@ def recalibrate(
     """
     if not jax.tree.leaves(variables.get("batch_stats", {})):
         return dict(variables)
-    flags = tuple(sorted((apply_kwargs or {"train": True}).items()))
+    flags = tuple(sorted(({"train": True} if apply_kwargs is None else apply_kwargs).items()))
     variables = dict(variables)
     mean, count = None, 0
     for x in batches:

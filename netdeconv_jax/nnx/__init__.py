@@ -1,0 +1,19 @@
+"""Network deconvolution for Flax NNX: layers, and models converted to them."""
+
+from netdeconv_jax.nnx.layers import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    DeconvLinear,
+    WhiteningStat,
+)
+
+__all__ = [
+    "ChannelDeconv",
+    "DeconvConv",
+    "DeconvConvTranspose",
+    "DeconvDense",
+    "DeconvLinear",
+    "WhiteningStat",
+]
