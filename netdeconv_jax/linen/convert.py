@@ -40,6 +40,11 @@ class DeconvolvedModel:
     model: nn.Module
     rules: Rules
 
+    def __hash__(
+        self,
+    ) -> int:  # also where the module's own fails, as with the list of `nn.Sequential`
+        return hash((type(self.model), self.rules))
+
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return initial variables, as `nn.Module.init`.
 

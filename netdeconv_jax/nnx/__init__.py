@@ -1,5 +1,6 @@
 """Network deconvolution for Flax NNX: layers, and models converted to them."""
 
+from netdeconv_jax.nnx.convert import FormerNorm, conversion_report, deconvolve
 from netdeconv_jax.nnx.layers import (
     ChannelDeconv,
     DeconvConv,
@@ -15,5 +16,8 @@ __all__ = [
     "DeconvConvTranspose",
     "DeconvDense",
     "DeconvLinear",
+    "FormerNorm",
     "WhiteningStat",
+    "conversion_report",
+    "deconvolve",
 ]

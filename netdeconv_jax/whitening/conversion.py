@@ -182,7 +182,7 @@ def matches(path: Path, patterns: Iterable[str]) -> bool:
         starts = range(1) if pattern.startswith("/") else range(len(path))
         wanted = pattern.removeprefix("/")
         for start in starts:
-            ends = range(start, len(path) + 1)
+            ends = range(start + 1, len(path) + 1)
             if any(fnmatchcase("/".join(path[start:end]), wanted) for end in ends):
                 return True
     return False
