@@ -138,8 +138,9 @@ class Stacked(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = True):
         x = nn.Conv(4, (3, 3), name="stem")(x)
-        axes = dict.fromkeys(self.collections, 0)
-        rngs = {"params": True}
+        axes: Any = dict.fromkeys(self.collections, 0)
+        rngs: Any = {"params": True}
+        everywhere: Any = None
         if self.transform == "scan":
             blocks = nn.scan(Residual, variable_axes=axes, split_rngs=rngs, length=2)
             x, _ = blocks(train, name="blocks")(x, None)
@@ -148,7 +149,7 @@ class Stacked(nn.Module):
                 x, _ = nn.remat(Residual)(train, name=f"block{i}")(x)
         else:
             members = nn.vmap(
-                Residual, in_axes=None, axis_size=2, variable_axes=axes, split_rngs=rngs
+                Residual, in_axes=everywhere, axis_size=2, variable_axes=axes, split_rngs=rngs
             )
             x = members(train, name="members")(x)[0].mean(0)
         return nn.Dense(5, name="head")(x.mean((1, 2)))

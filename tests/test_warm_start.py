@@ -19,7 +19,7 @@ X = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32) + 0.5
 SPEC = WhiteningSpec(whiten="channels", block_size=4, sampling_stride=1, num_iters=2)
 
 
-def trained(model, x=X, dtype=np.float32) -> Any:
+def trained(model, x: Any = X, dtype: Any = np.float32) -> Any:
     """Variables that no symmetry saves from a wrong index, in the ranges of trained ones."""
     shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(1)
 
@@ -42,7 +42,8 @@ def check_same(model, variables, found, x=X, tolerance=1e-4, **flags):
     scale = np.abs(expected).max()
     assert np.ptp(expected, axis=0).max() > 1e-3 * scale
     np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * max(1, scale))
-    for path, leaf in traverse_util.flatten_dict(new["batch_stats"]).items():
+    stats: Any = traverse_util.flatten_dict(new["batch_stats"])
+    for path, leaf in stats.items():
         if path[-1] == "whitener":
             assert np.abs(np.asarray(leaf) - np.eye(leaf.shape[-1])).max() > 1e-3
 
@@ -84,7 +85,7 @@ def test_a_converted_model_computes_what_it_computed(name):
     ],
 )
 def test_it_does_so_however_it_whitens_and_with_dense_layers(spec):
-    model = sequential()
+    model: Any = sequential()
     variables = trained(model)
     converted, new = warm_start(model, variables, [X], spec, dense=True, apply_kwargs={})
     check_same(model, variables, (converted, new))
@@ -102,7 +103,7 @@ def test_in_float64_it_is_exact(x64):
 
 
 def test_statistics_are_those_that_the_layer_meets():
-    model = sequential()
+    model: Any = sequential()
     variables = trained(model)
     converted, new = warm_start(model, variables, [X[:4], X[4:]], SPEC, apply_kwargs={})
     layer = DeconvConv(6, (3, 3), strides=2, spec=SPEC)

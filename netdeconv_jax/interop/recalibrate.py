@@ -11,13 +11,19 @@ from flax import traverse_util
 from flax.core import unfreeze
 
 from netdeconv_jax.interop.batch_norm import laid_over, leaves, momenta
-from netdeconv_jax.linen import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
+from netdeconv_jax.linen import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    DeconvolvedModel,
+)
 
 Tree = Any
 
 
 def recalibrate(
-    model: nn.Module,
+    model: nn.Module | DeconvolvedModel,
     variables: Mapping[str, Tree],
     batches: Iterable[Any],
     *,

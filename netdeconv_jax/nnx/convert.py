@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from netdeconv_jax.nnx.layers import (
     ChannelDeconv,
@@ -318,7 +319,7 @@ def _checked(model: Any) -> nnx.Module:
 
 def _mode(model: nnx.Module) -> bool:
     """Whether a model's batch norms, if it has any, use running statistics."""
-    norms = [module for _, module in nnx.iter_modules(model) if _is_norm(module)]
+    norms: list[Any] = [module for _, module in nnx.iter_modules(model) if _is_norm(module)]
     return bool(norms) and all(norm.use_running_average for norm in norms)
 
 
@@ -335,6 +336,6 @@ def _is_norm(node: Any) -> bool:
 def _starts_at_zero(norm: nnx.Module) -> bool:
     scale = getattr(norm, "scale", None)
     value = None if scale is None else scale.get_value()
-    if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
         return False  # none, or an abstract one that does not say
     return not value.any()
