@@ -56,11 +56,10 @@ def fit(model, variables, images, labels, epochs, learning_rate):
 
 def main():
     """Train, convert, compare, fine-tune; print the accuracies and return them."""
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    images = (data.images[order, :, :, None] / 16).astype(np.float32)
-    (images, test), (labels, truth) = np.split(images, [1500]), np.split(data.target[order], [1500])
-
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    order = np.random.default_rng(0).permutation(len(labels))
+    images = (pixels[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    (images, test), (labels, truth) = np.split(images, [1500]), np.split(labels[order], [1500])
     net = Net()
     start = net.init(jax.random.key(0), images[:1], train=False)
     trained = fit(net, start, images, labels, epochs=4, learning_rate=0.1)

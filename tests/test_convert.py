@@ -129,7 +129,8 @@ def test_layers_are_the_very_layers_of_this_package():
     ours = DeconvConv(6, spec=spec, use_running_average=False, **settings)
     variables = model.init(KEY, x)
     assert jax.tree.all(jax.tree.map(np.array_equal, variables, ours.init(KEY, x)))
-    found, expected = (one.apply(variables, x, mutable=["batch_stats"]) for one in (model, ours))
+    both: Any = (one.apply(variables, x, mutable=["batch_stats"]) for one in (model, ours))
+    found, expected = both
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
     assert np.abs(found[1]["batch_stats"]["mean"]).max() > 0.1
 

@@ -79,7 +79,9 @@ def test_a_tutorial_model_is_converted_and_the_given_one_stays():
     assert jax.tree.structure(nnx.state(net)) == jax.tree.structure(before)
     np.testing.assert_array_equal(model.conv1.kernel[...], net.conv1.kernel[...])
     assert model.conv1.kernel is not net.conv1.kernel
-    assert model.conv2.bias[...].shape == (4,)  # which the convolution did not have
+    assert nnx.state(model)["conv2"]["bias"][...].shape == (
+        4,
+    )  # which the convolution did not have
     assert len(jax.tree.leaves(nnx.state(model, nnx.BatchStat))) == 4
 
 
