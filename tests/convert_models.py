@@ -92,14 +92,14 @@ class Shared(nn.Module):
         self.heads = [nn.Dense(3), nn.Dense(5)]
 
     def features(self, x, train):
-        x = nn.relu(self.enter_norm(self.enter(x), use_running_average=not train))
+        x = nn.elu(self.enter_norm(self.enter(x), use_running_average=not train))
         for _ in range(2):
-            x = nn.relu(self.twice_norm(self.twice(x), use_running_average=not train))
-        return nn.relu(self.grouped_norm(self.grouped(x), use_running_average=not train))
+            x = nn.elu(self.twice_norm(self.twice(x), use_running_average=not train))
+        return nn.elu(self.grouped_norm(self.grouped(x), use_running_average=not train))
 
     def __call__(self, x, train: bool = True):
         x = self.features(x, train).mean((1, 2))
-        return self.heads[1](nn.relu(self.heads[0](x)))
+        return self.heads[1](nn.elu(self.heads[0](x)))
 
 
 def sequential() -> nn.Module:

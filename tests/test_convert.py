@@ -240,7 +240,9 @@ def test_shared_modules_and_modules_of_setup_are_converted_once():
     assert np.std(decayed) < np.std(once)
 
 
-@pytest.mark.parametrize("transform", ["scan", "remat", "vmap"])
+@pytest.mark.parametrize(
+    "transform", ["scan", "remat", pytest.param("vmap", marks=pytest.mark.slow)]
+)
 def test_blocks_under_a_transform_are_converted(transform):
     model: Any = deconvolve(Stacked(transform), SPEC)
     shapes = jax.eval_shape(model.init, KEY, X)

@@ -57,7 +57,10 @@ NETS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "shared")]
+
+
+@pytest.mark.parametrize("name", ["pre-activation", "homemade", *SLOW])
 def test_a_converted_model_computes_what_it_computed(name):
     model, unfolded = NETS[name]
     variables = trained(model)
@@ -81,7 +84,10 @@ def test_a_converted_model_computes_what_it_computed(name):
     "spec",
     [
         WhiteningSpec(method="eigh", shared_whitener=False, block_size=2),
-        WhiteningSpec(block_size=16, momentum=0.0, freeze_schedule=(1, 3)),
+        pytest.param(
+            WhiteningSpec(block_size=16, momentum=0.0, freeze_schedule=(1, 3)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_it_does_so_however_it_whitens_and_with_dense_layers(spec):
