@@ -4,7 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from netdeconv_jax import interop, models, ops
-from netdeconv_jax.linen import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
+from netdeconv_jax.linen import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    deconvolve,
+)
 from netdeconv_jax.whitening import WhiteningSpec
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "DeconvConvTranspose",
     "DeconvDense",
     "WhiteningSpec",
+    "deconvolve",
     "interop",
     "models",
     "nnx",

@@ -5,6 +5,7 @@ from netdeconv_jax.interop.fold import FoldedModel, fold
 from netdeconv_jax.interop.microbatches import accumulate
 from netdeconv_jax.interop.recalibrate import recalibrate
 from netdeconv_jax.interop.torch_checkpoint import load_torch_checkpoint
+from netdeconv_jax.interop.warm_start import warm_start
 from netdeconv_jax.interop.weights import load_weights, save_weights
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "merge_batch_norm",
     "recalibrate",
     "save_weights",
+    "warm_start",
 ]

@@ -17,7 +17,8 @@ from netdeconv_jax.whitening.conv import conv_groups, dense_groups
 Path = tuple[str, ...]
 
 WHITENED = (DeconvConv, DeconvDense)
-ALL = (*WHITENED, nn.Conv, nn.Dense, nn.BatchNorm)
+LAYERS = (*WHITENED, nn.Conv, nn.Dense)
+ALL = (*LAYERS, nn.BatchNorm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Norm:
 
     Attributes:
       epsilon: of the batch norm.
-      behind: the layer whose output goes here and nowhere else, None if there is no such layer.
+      behind: the layer whose output goes here and nowhere else, None if there is no such layer or the batch
+        norm is called more than once.
     """
 
     epsilon: float
@@ -61,7 +63,7 @@ def dry_run(
       run: applies a Linen module.
       params: its parameters by path of the leaf.
       x: an array or its shape and dtype, large enough for every stride.
-      kinds: of modules that answer so; others run.
+      kinds: of modules that answer so; others run. What is no convolution and no dense layer is a batch norm.
     Raises:
       ValueError: a layer has other parameters than it would declare, as under `nn.scan` and `nn.vmap`.
     """
@@ -72,8 +74,9 @@ def dry_run(
         if context.method_name != "__call__" or not isinstance(module, kinds):
             return run(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if isinstance(module, nn.BatchNorm):
+        if not isinstance(module, LAYERS):
             source = next((path for output, path in made if output is x), None)
+            source = None if path in norms else source
             norms[path] = Norm(module.epsilon, source)
             return jnp.zeros(x.shape, x.dtype)
         layers[path], shape = _layer(module, path, params, x)

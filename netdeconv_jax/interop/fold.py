@@ -45,7 +45,7 @@ class FoldedModel:
 
     def apply(self, variables: Mapping[str, Tree], *args: Any, **kwargs: Any) -> Any:
         """Return `model.apply(variables, *args, **kwargs)` with plain layers in place of whitened ones."""
-        with nn.intercept_methods(_plainly):
+        with nn.intercept_methods(plainly):
             return self.model.apply(variables, *args, **kwargs)
 
 
@@ -104,7 +104,7 @@ def fold(
     if not zoo:
         return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
     for path, norm in norms.items():
-        _fold_batch_norm(path, norm, layers, params, stats)
+        fold_batch_norm(path, norm, layers, params, stats)
     twin = model.clone(norm="none")
     _check_all_there(twin, params, stats, x)
     return twin, _trees(collections | {"params": params, "batch_stats": stats})
@@ -132,7 +132,7 @@ def _fold_whitener(path: Path, layer: Layer, params: Leaves, stats: Leaves) -> N
     stats.pop((*path, "step"), None)
 
 
-def _fold_batch_norm(
+def fold_batch_norm(
     path: Path, norm: Norm, layers: Mapping[Path, Layer], params: Leaves, stats: Leaves
 ) -> None:
     """Fold a batch norm into the layer before it."""
@@ -164,7 +164,7 @@ def _check_all_there(twin: Network, params: Leaves, stats: Leaves, x: Any) -> No
         )
 
 
-def _plainly(run, args, kwargs, context):
+def plainly(run, args, kwargs, context):
     """Run a layer that whitens as the plain one that its folded variables describe."""
     module = context.module
     if context.method_name != "__call__" or not isinstance(module, DeconvConv | DeconvDense):

@@ -11,13 +11,19 @@ from flax import traverse_util
 from flax.core import unfreeze
 
 from netdeconv_jax.interop.batch_norm import laid_over, leaves, momenta
-from netdeconv_jax.linen import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
+from netdeconv_jax.linen import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    DeconvolvedModel,
+)
 
 Tree = Any
 
 
 def recalibrate(
-    model: nn.Module,
+    model: nn.Module | DeconvolvedModel,
     variables: Mapping[str, Tree],
     batches: Iterable[Any],
     *,
@@ -65,7 +71,7 @@ def recalibrate(
     """
     if not jax.tree.leaves(variables.get("batch_stats", {})):
         return dict(variables)
-    flags = tuple(sorted((apply_kwargs or {"train": True}).items()))
+    flags = tuple(sorted(({"train": True} if apply_kwargs is None else apply_kwargs).items()))
     variables = dict(variables)
     mean, count = None, 0
     for x in batches:

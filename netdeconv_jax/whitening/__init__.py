@@ -1,5 +1,6 @@
 """How to whiten (`WhiteningSpec`) and one pure forward per kind of layer, shared by every Flax API."""
 
+from netdeconv_jax.whitening.conversion import Entry, Report
 from netdeconv_jax.whitening.spec import WhiteningSpec
 from netdeconv_jax.whitening.strategies import (
     Budget,
@@ -17,9 +18,11 @@ __all__ = [
     "Chebyshev",
     "Contiguous",
     "Eigh",
+    "Entry",
     "Freeze",
     "Interleaved",
     "NewtonSchulz",
+    "Report",
     "Stride",
     "WhiteningSpec",
 ]

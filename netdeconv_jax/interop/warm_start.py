@@ -1,0 +1,251 @@
+"""From a model trained with batch norm to one that whitens and computes the same function.
+
+A batch norm folds into the convolution before it, `w_f` and `b_f`. Behind a whitener D and a mean mu, those
+of what the layer sees in evaluation, the same layer has `w = D^-1 w_f` and `b = b_f + mu w_f`. As the
+function is the same all the way, one pass of the folded model over data finds every D and mu.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from flax.core import meta, unfreeze
+
+from netdeconv_jax import ops
+from netdeconv_jax.interop.batch_norm import leaves
+from netdeconv_jax.interop.dry_run import WHITENED, Layer, Norm, Path, dry_run
+from netdeconv_jax.interop.fold import fold, fold_batch_norm, plainly
+from netdeconv_jax.interop.recalibrate import recalibrate
+from netdeconv_jax.linen import DeconvolvedModel, deconvolve
+from netdeconv_jax.linen.conversion import is_batch_norm, starts_at_zero
+from netdeconv_jax.models.network import Network
+from netdeconv_jax.whitening import WhiteningSpec
+from netdeconv_jax.whitening.conversion import DenseRule
+
+Tree = Any
+Leaves = dict[Path, Any]
+
+
+def warm_start(
+    model: nn.Module,
+    variables: Mapping[str, Tree],
+    batches: Iterable[Any],
+    spec: WhiteningSpec | None = None,
+    *,
+    dense: DenseRule = False,
+    keep: str | Sequence[str] = (),
+    apply_kwargs: Mapping[str, Any] | None = None,
+    rngs: Mapping[str, jax.Array] | None = None,
+    axis_name: Any = None,
+) -> tuple[Any, dict[str, Tree]]:
+    """Return a trained model with whitening layers in the place of its own, still the same function.
+
+    In evaluation outputs are the same to rounding, 1e-4 in float32. Training goes on from there: batches
+    are then whitened by their own statistics, so that its first losses differ a little.
+
+    Batch norms are folded into the convolutions (and dense layers, if these are converted) before them and
+    gone. One that is not all that follows one such layer, as in front of a convolution, or that is shared,
+    cannot be folded: it stays a batch norm, and the report of the model says so.
+
+    Args:
+      model: a Linen module, or a network of the zoo of `norm="batch"`.
+      variables: `params`, `batch_stats` and whatever else, as training left them.
+      batches: iterable of inputs, some hundreds of images in all, of the size that training will use: from
+        these the running statistics are taken, as by `recalibrate`.
+      spec: how the new layers whiten.
+      dense, keep, axis_name: as `deconvolve`.
+      apply_kwargs: what makes the model run in evaluation, default `{"train": False}`; hashable values.
+      rngs: as `model.apply`, if it needs them in evaluation.
+    Returns:
+      The model and its variables. The model is `deconvolve(model, spec, ...)`; of a network of the zoo it is
+      its twin of `norm="deconv"`, if all its batch norms fold.
+    Raises:
+      ValueError: `batches` is empty; `model` has nothing to convert, or layers stacked by `nn.scan`.
+
+    Source: ours.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from netdeconv_jax.interop import warm_start
+      >>> net = nn.Sequential([nn.Conv(8, (3, 3), use_bias=False), nn.BatchNorm(True), nn.relu])
+      >>> x = jnp.arange(384.0).reshape(2, 8, 8, 3) % 7
+      >>> trained = net.init(jax.random.key(0), x)
+      >>> model, variables = warm_start(net, trained, [x], apply_kwargs={})
+      >>> bool(jnp.allclose(model.apply(variables, x), net.apply(trained, x), atol=1e-4))
+      True
+    """
+    flags = {"train": False} if apply_kwargs is None else dict(apply_kwargs)
+    batches = iter(batches)
+    if (x := next(batches, None)) is None:
+        raise ValueError("`batches` must hold at least one batch, got none.")
+    plain = unfreeze(meta.unbox(dict(variables)))
+    shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+    start = None
+    if isinstance(model, Network) and not (dense or keep):
+        start = _twin(model, plain, spec, shape, flags)
+    if start is None:
+        start = _converted(model, plain, shape, flags, rngs, spec, dense, keep, axis_name)
+    return _whitened(*start, itertools.chain([x], batches), shape, flags, rngs)
+
+
+def _twin(model, variables, spec, x, flags):
+    """The zoo's own network that whitens, and folded variables; None where it has other layers."""
+    try:
+        _, folded = fold(model, variables)
+    except ValueError:
+        return None
+    twin = model.clone(norm="deconv", spec=spec or model.spec)
+    shapes = jax.eval_shape(lambda x: twin.init(jax.random.key(0), x), x)
+    if jax.tree.map(jnp.shape, shapes["params"]) != jax.tree.map(jnp.shape, folded["params"]):
+        return None  # the original layout keeps some batch norms
+    params = traverse_util.flatten_dict(folded["params"])
+    layers, _ = dry_run(lambda x: twin.apply(folded, x, **flags), params, x, WHITENED)
+    return twin, layers, folded
+
+
+def _converted(
+    model, variables, x, flags, rngs, spec, dense, keep, axis_name
+) -> tuple[DeconvolvedModel, dict[Path, Layer], dict[str, Tree]]:
+    """The converted model, its layers, and variables with norms folded where that can be."""
+    converted = deconvolve(model, spec, dense=dense, keep=keep, axis_name=axis_name)
+
+    def leaving(norms: Iterable[Path]) -> DeconvolvedModel:
+        left = dataclasses.replace(converted.rules, unfolded=frozenset(norms))
+        return dataclasses.replace(converted, rules=left)
+
+    params, stats = (leaves(variables.get(name, {})) for name in ("params", "batch_stats"))
+    found = _batch_norms(lambda x: model.apply(variables, x, rngs=rngs, **flags), x)
+    layers, norms = dry_run(
+        lambda x: leaving(found).apply(variables, x, rngs=rngs, **flags),
+        params,
+        x,
+        (*WHITENED, *(kind for kind, _ in found.values())),
+    )
+    if not layers:
+        raise ValueError("`model` has no convolution to convert, or runs it in a `jit` of its own.")
+    # No rounding of kernels: they are not yet those that a convolution will use.
+    layers = {path: dataclasses.replace(layer, dtype=None) for path, layer in layers.items()}
+    unfolded = []
+    for path, norm in norms.items():
+        if converted.rules.why_kept(path) or not _folds(path, norm, params, stats):
+            unfolded.append(path)
+            continue
+        fold_batch_norm(path, norm, layers, params, stats)
+        if (dtype := found[path][1]) is not None:
+            params[(*path, "scale")] = jnp.ones((), dtype)
+    for path in layers:
+        kernel = params[(*path, "kernel")]
+        params.setdefault((*path, "bias"), jnp.zeros(kernel.shape[-1], kernel.dtype))
+    return leaving(unfolded), layers, {**variables, **_trees(params, stats)}
+
+
+def _batch_norms(run, x) -> dict[Path, tuple[type[nn.Module], Any]]:
+    """The batch norms that `run(x)` calls: class, and dtype of the scalar in its place where there is one."""
+    found = {}
+
+    def look(run, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and is_batch_norm(module):
+            x = args[0] if args else next(iter(kwargs.values()))
+            scalar = starts_at_zero(module, x.shape[-1])
+            dtype = getattr(module, "param_dtype", jnp.float32) if scalar else None
+            found[tuple(module.path)] = (type(module), dtype)
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        jax.eval_shape(run, x)
+    return found
+
+
+def _folds(path: Path, norm: Norm, params: Leaves, stats: Leaves) -> bool:
+    """Whether a batch norm is one of the features of one layer before it."""
+    if norm.behind is None:
+        return False
+    features = params[(*norm.behind, "kernel")].shape[-1:]
+    return all(
+        (*path, name) in stats and stats[(*path, name)].shape == features
+        for name in ("mean", "var")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measuring:
+    """A model whose whitening layers run as plain ones, with statistics of what they see."""
+
+    model: Any
+
+    def apply(self, variables, *args, **kwargs):
+        with nn.intercept_methods(_measured):
+            return self.model.apply(variables, *args, **kwargs)
+
+
+def _measured(run, args, kwargs, context):
+    module = context.module
+    if context.method_name != "__call__" or not isinstance(module, WHITENED):
+        return run(*args, **kwargs)
+    if module.use_running_average is False:
+        return run(*args, **kwargs)  # the one below
+    # Without memory: of a layer that is called more than once the last call counts.
+    twin = module.clone(parent=module.scope, use_running_average=False, momentum=0.0)
+    twin(*args, **kwargs)
+    return plainly(run, args, kwargs, context)
+
+
+def _whitened(model, layers, variables, batches, x, flags, rngs):
+    """The model, and variables whose layers whiten and compute what they did."""
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **flags), x)["batch_stats"]
+    own = {
+        path: jnp.zeros(leaf.shape, leaf.dtype)
+        for path, leaf in leaves(meta.unbox(shapes)).items()
+        if path[:-1] in layers
+    }
+    others = leaves(variables.get("batch_stats", {}))
+    start = {**variables, "batch_stats": traverse_util.unflatten_dict(others | own)}
+    runs: Any = model
+    if isinstance(model, DeconvolvedModel):
+        runs = dataclasses.replace(
+            model, rules=dataclasses.replace(model.rules, use_running_average=True)
+        )
+    measuring: Any = _Measuring(runs)
+    measured = recalibrate(measuring, start, batches, apply_kwargs=flags, rngs=rngs)
+    stats = leaves(measured["batch_stats"]) | others  # those of batch norms to the bit
+    params = leaves(variables["params"])
+    for path, layer in layers.items():
+        names = ("kernel", "bias")
+        params |= zip(
+            ((*path, name) for name in names),
+            _behind(
+                *(params[(*path, name)] for name in names),
+                stats[(*path, "mean")],
+                stats[(*path, "whitener")],
+                layer.groups,
+            ),
+            strict=True,
+        )
+    return model, {**variables, **_trees(params, stats)}
+
+
+def _trees(params: Leaves, stats: Leaves) -> dict[str, Tree]:
+    both = {"params": params, "batch_stats": stats}
+    return {name: traverse_util.unflatten_dict(flat) for name, flat in both.items()}
+
+
+def _behind(kernel, bias, mean, whitener, groups):
+    """Kernel and bias that behind a whitener and a mean do what these do without."""
+    inverse = np.linalg.inv(np.asarray(whitener, np.float64)).astype(whitener.dtype)
+    zero = jnp.zeros_like(mean)
+
+    def times(matrix, kernel):
+        return ops.fold(kernel, None, zero, matrix, groups)[0]
+
+    unfolded = times(inverse, kernel)
+    unfolded += times(inverse, kernel - times(whitener, unfolded))  # what rounding left
+    _, shift = ops.fold(unfolded, None, mean, whitener, groups)
+    return unfolded, (bias - shift).astype(bias.dtype)

@@ -1,0 +1,213 @@
+"""What converts a Linen model while it runs: an interceptor of methods.
+
+Modules are met where they are called. An `nn.Conv` lends its scope to a `DeconvConv` of the same settings, so
+that names and initial kernels stay what they were; a batch norm returns its input.
+"""
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+from netdeconv_jax.linen.layers import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
+from netdeconv_jax.whitening.conversion import (
+    DROPPED,
+    KEPT,
+    REPLACED,
+    Entry,
+    Path,
+    Report,
+    Rules,
+    explain_norm,
+)
+
+_OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
+_SHARED = (
+    "features",
+    "dtype",
+    "param_dtype",
+    "precision",
+    "kernel_init",
+    "bias_init",
+    "promote_dtype",
+)
+_GEOMETRY = (
+    "kernel_size",
+    "strides",
+    "padding",
+    "input_dilation",
+    "kernel_dilation",
+    "feature_group_count",
+)
+_REMEMBERED = 64  # outputs among which a batch norm looks for the layer that made its input
+
+
+class Conversion:
+    """A conversion: the rules, and the record of what was converted while models ran.
+
+    Source: ours.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import netdeconv_jax
+      >>> with netdeconv_jax.deconvolve() as conversion:
+      ...     variables = nn.Conv(4, (3, 3)).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+      >>> conversion.report.replaced
+      ('',)
+    """
+
+    def __init__(self, rules: Rules):
+        self._rules = rules
+        self._entries: dict[Path, Entry] = {}
+        self._made: list[tuple[weakref.ref, Path]] = []  # outputs of layers that whiten
+
+    @property
+    def report(self) -> Report:
+        """What became of each layer so far."""
+        return Report(tuple(self._entries.values()))
+
+    def check(self, kwargs: Mapping[str, Any]) -> None:
+        """Raise if a pattern names no layer, where the whole model has run."""
+        if kwargs.get("method") is None:
+            self._rules.check_used(self._entries)
+
+    def __call__(self, run, args, kwargs, context):
+        """Run one method of one module, converted; an interceptor of `nn.intercept_methods`."""
+        module, path = context.module, tuple(context.module.path)
+        if context.method_name != "__call__" or isinstance(module, _OURS):
+            return run(*args, **kwargs)
+        body = getattr(context.orig_method, "func", None)
+        if is_batch_norm(module):
+            return self._norm(module, path, run, args, kwargs)
+        if body is _body_of(nn.Conv) and isinstance(module, nn.Conv):
+            twin, why = self._conv(module, path)
+        elif body is _body_of(nn.Dense) and isinstance(module, nn.Dense):
+            twin, why = self._dense(module, path, *args, **kwargs)
+        else:
+            return run(*args, **kwargs)
+        self._note(module, path, KEPT if twin is None else REPLACED, why)
+        if twin is None:
+            return run(*args, **kwargs)
+        return self._whitened(twin, path, *args, **kwargs)
+
+    def _conv(self, module: nn.Conv, path: Path) -> tuple[DeconvConv | None, str]:
+        if why := self._rules.why_kept(path):
+            return None, why
+        if module.mask is not None:
+            return None, "has a mask of its kernel"
+        if type(module).param is not nn.Conv.param:
+            return None, f"{type(module).__name__} changes its parameters"
+        convolve = module.conv_general_dilated
+        if module.conv_general_dilated_cls is not None:
+            convolve = module.conv_general_dilated_cls()
+        return DeconvConv(
+            **_fields(module, _SHARED + _GEOMETRY),
+            conv_general_dilated=convolve,
+            spec=self._rules.spec,
+            **self._common(module),
+        ), "by DeconvConv"
+
+    def _dense(
+        self, module: nn.Dense, path: Path, inputs: jax.Array
+    ) -> tuple[DeconvDense | None, str]:
+        if why := self._rules.why_kept(path):
+            return None, why
+        if not self._rules.wants_dense(path, jnp.shape(inputs)[-1], module.features):
+            return None, "`dense` does not ask for it"
+        if type(module).param is not nn.Dense.param:
+            return None, f"{type(module).__name__} changes its parameters"
+        dot = module.dot_general if module.dot_general_cls is None else module.dot_general_cls()
+        return DeconvDense(
+            **_fields(module, _SHARED),
+            dot_general=dot,
+            spec=self._rules.dense_spec,
+            **self._common(module),
+        ), "by DeconvDense"
+
+    def _common(self, module: nn.Module) -> dict[str, Any]:
+        """Return where the new layer's variables live, and which statistics it uses."""
+        running = self._rules.use_running_average
+        mutable = [module.is_mutable_collection(name) for name in ("batch_stats", "moments")]
+        if module.is_initializing() and not mutable[0]:
+            raise ValueError(
+                f"`model` has a layer, {'/'.join(module.path)!r}, that can make no `batch_stats`: give its "
+                "`nn.scan` or `nn.vmap` `variable_axes` for them, or leave them mutable in `init`."
+            )
+        if running is None:
+            running = module.is_initializing() or not any(mutable)
+        axis_name = self._rules.axis_name
+        return {"use_running_average": running, "axis_name": axis_name, "parent": module.scope}
+
+    def _whitened(self, twin: DeconvConv | DeconvDense, path: Path, inputs: jax.Array) -> jax.Array:
+        x = jnp.asarray(inputs)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):  # which nn.Conv promotes
+            x = x.astype(twin.dtype or twin.param_dtype)
+        y = twin(x)
+        alive = [made for made in self._made if made[0]() is not None]
+        self._made = [*alive[1 - _REMEMBERED :], (weakref.ref(y), path)]
+        return y
+
+    def _norm(self, module: nn.Module, path: Path, run, args, kwargs):
+        if why := self._rules.why_kept(path):
+            self._note(module, path, KEPT, why)
+            return run(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        source = next((path for made, path in self._made if made() is x), None)
+        scalar = starts_at_zero(module, x.shape[-1])
+        self._note(module, path, DROPPED, explain_norm(source, scalar=scalar))
+        fields = _fields(module, ("dtype", "param_dtype", "use_scale", "use_bias"))
+        param_dtype = fields["param_dtype"] or jnp.float32
+        dtype = fields["dtype"] or jnp.result_type(x)
+        if fields["dtype"] is None and (fields["use_scale"] or fields["use_bias"]):
+            dtype = jnp.promote_types(dtype, param_dtype)  # what the batch norm would return
+        x = jnp.asarray(x, dtype)
+        if not scalar:
+            return x
+        # By the scope: the module itself need not be one that may declare parameters when it is called.
+        scope: Any = module.scope
+        scale = scope.param("scale", nn.initializers.zeros, (), param_dtype)
+        return x * jnp.asarray(scale, dtype)
+
+    def _note(self, module: nn.Module, path: Path, action: str, why: str) -> None:
+        self._entries[path] = Entry("/".join(path), type(module).__name__, action, why)
+
+
+@contextlib.contextmanager
+def converting(rules: Rules) -> Iterator[Conversion]:
+    """Convert what models run inside, and give the record of it."""
+    conversion = Conversion(rules)
+    with nn.intercept_methods(conversion):
+        yield conversion
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is an `nn.BatchNorm` or another class with running averages like its own."""
+    if isinstance(module, nn.BatchNorm):
+        return True
+    fields = ("use_running_average", "momentum", "epsilon")
+    return not isinstance(module, _OURS) and all(hasattr(module, field) for field in fields)
+
+
+def starts_at_zero(module: nn.Module, features: int) -> bool:
+    """Return whether the scale of a batch norm starts at zero."""
+    start = getattr(module, "scale_init", None)
+    if start is None or not getattr(module, "use_scale", True):
+        return False
+    with jax.ensure_compile_time_eval():
+        return not jnp.any(meta.unbox(start(jax.random.key(0), (features,), jnp.float32)))
+
+
+def _body_of(kind: type[nn.Module]) -> Any:
+    """The function that runs where `__call__` of a class, or `super().__call__` of an heir, is called."""
+    return inspect.unwrap(kind.__call__)
+
+
+def _fields(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(module, name, None) for name in names}

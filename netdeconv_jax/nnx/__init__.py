@@ -1,0 +1,23 @@
+"""Network deconvolution for Flax NNX: layers, and models converted to them."""
+
+from netdeconv_jax.nnx.convert import FormerNorm, conversion_report, deconvolve
+from netdeconv_jax.nnx.layers import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    DeconvLinear,
+    WhiteningStat,
+)
+
+__all__ = [
+    "ChannelDeconv",
+    "DeconvConv",
+    "DeconvConvTranspose",
+    "DeconvDense",
+    "DeconvLinear",
+    "FormerNorm",
+    "WhiteningStat",
+    "conversion_report",
+    "deconvolve",
+]

@@ -1,0 +1,341 @@
+"""Any NNX model with whitening layers in the place of its own: `deconvolve`."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from netdeconv_jax.nnx.layers import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    WhiteningStat,
+)
+from netdeconv_jax.whitening.conversion import (
+    DROPPED,
+    KEPT,
+    REPLACED,
+    DenseRule,
+    Entry,
+    Path,
+    Report,
+    Rules,
+    explain_norm,
+    rules,
+)
+from netdeconv_jax.whitening.spec import WhiteningSpec
+
+_OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
+_zeros = nnx.initializers.zeros_init()
+
+
+def deconvolve(
+    model: Any,
+    spec: WhiteningSpec | None = None,
+    *,
+    dense: DenseRule = False,
+    keep: str | Sequence[str] = (),
+    use_running_average: bool | None = None,
+    axis_name: Any = None,
+) -> Any:
+    """Return a copy of an NNX model whose convolutions whiten, with its batch norms the identity.
+
+    The model given stays what it is; the copy starts from its parameters. Make the optimizer for the copy.
+
+    The rules are those of `netdeconv_jax.deconvolve`:
+
+    - Every `nnx.Conv` becomes a `DeconvConv` with the same settings and kernel, always with a bias. One with
+      a `mask` of its kernel, or of a class with another `__call__`, stays. `nnx.Linear` becomes `DeconvDense`
+      where `dense` says so, in blocks of 512 features at least.
+    - Batch statistics are used after `train()`, running ones after `eval()`, as with `nnx.BatchNorm`; at
+      first as the model's batch norms do. A `use_running_average` that the model passes to a batch norm
+      in the call does not reach the convolutions.
+    - Every batch norm becomes the identity, also of classes that are like `nnx.BatchNorm`, unless `keep`
+      names it. One whose scale is zero becomes the product with one learnt scalar that starts at zero.
+
+    `conversion_report` lists what is done and why.
+
+    Args:
+      model: an `nnx.Module`; layers in lists and dicts, shared and stacked ones (`nnx.vmap`) included.
+      spec: how the new layers whiten, default that of `DeconvConv`.
+      dense: False, True, patterns of paths, or a function of (path, in_features, out_features).
+      keep: patterns of paths of the layers that stay what they are; see `netdeconv_jax.deconvolve`.
+      use_running_average: of the new layers at first.
+      axis_name: mapped axis over which statistics are pooled, as `nnx.BatchNorm`.
+    Returns:
+      A module of the class of `model`; a `DeconvConv` if it is a convolution itself.
+    Raises:
+      TypeError: `model` is no NNX module, or an argument is of the wrong type.
+      ValueError: a pattern names no layer of the model.
+
+    Source: ours; De and Smith 2020 (SkipInit) for the scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax import nnx as dnnx
+      >>> rngs = nnx.Rngs(0)
+      >>> net = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu)
+      >>> model = dnnx.deconvolve(net)
+      >>> type(model.layers[0]).__name__, model(jnp.ones((2, 8, 8, 3))).shape
+      ('DeconvConv', (2, 8, 8, 8))
+    """
+    wanted = rules(spec, dense, keep, use_running_average, axis_name)
+    running = use_running_average if use_running_average is not None else _mode(_checked(model))
+    seen: list[Path] = []
+
+    def convert(path: Path, node: nnx.Module) -> nnx.Module:
+        seen.append(path)
+        plan = _plan(path, node, wanted)
+        if plan.action == KEPT:
+            return node
+        if isinstance(node, nnx.Conv):
+            return _conv(node, wanted, running)
+        return _dense(node, wanted, running) if isinstance(node, nnx.Linear) else FormerNorm(node)
+
+    converted = _map(convert, nnx.clone(model))
+    wanted.check_used(seen)
+    return converted
+
+
+def conversion_report(
+    model: Any, *args: Any, dense: DenseRule = False, keep: str | Sequence[str] = (), **kwargs: Any
+) -> Report:
+    """Return what `deconvolve` makes of each layer of a model that is not converted yet.
+
+    Args:
+      model: an `nnx.Module`.
+      *args: inputs of the model, from a trace with which it is known what stands behind what.
+      dense, keep: as `deconvolve`.
+      **kwargs: to the model.
+    Returns:
+      A `Report`, which prints as a table, of the layers that the call runs.
+    Raises:
+      TypeError, ValueError: as `deconvolve`.
+
+    Source: ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax import nnx as dnnx
+      >>> rngs = nnx.Rngs(0)
+      >>> net = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu)
+      >>> print(dnnx.conversion_report(net, jnp.ones((2, 8, 8, 3))))
+      replaced  layers/0  Conv       by DeconvConv
+      dropped   layers/1  BatchNorm  follows layers/0, which whitens
+      1 replaced, 1 dropped, 0 kept
+    """
+    wanted, record = rules(None, dense, keep, None, None), _Record()
+
+    def probe(path: Path, node: nnx.Module) -> nnx.Module:
+        return _Probe(path, node, _plan(path, node, wanted), record)
+
+    probed = _map(probe, nnx.clone(_checked(model)))
+    nnx.eval_shape(lambda probed, *args: probed(*args, **kwargs), probed, *args)
+    wanted.check_used(record.entries)
+    return Report(tuple(record.entries.values()))
+
+
+class FormerNorm(nnx.Module):
+    """What a batch norm has become: the identity, or a learnt scalar where its scale was zero.
+
+    Args:
+      norm: the batch norm.
+
+    Source: ours; De and Smith 2020 (SkipInit) for the scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax.nnx import FormerNorm
+      >>> last = nnx.BatchNorm(3, scale_init=nnx.initializers.zeros_init(), rngs=nnx.Rngs(0))
+      >>> FormerNorm(last)(jnp.ones((1, 3))).tolist()
+      [[0.0, 0.0, 0.0]]
+    """
+
+    def __init__(self, norm: nnx.Module):
+        self.num_features = getattr(norm, "num_features", None)
+        scale, bias = getattr(norm, "scale", None), getattr(norm, "bias", None)
+        self.scale = nnx.data(None)
+        if scale is not None and _starts_at_zero(norm):
+            lead = scale.shape[:-1]  # of layers stacked by `nnx.vmap`
+            self.scale = nnx.Param(jnp.zeros(lead, scale.dtype))
+        self.dtype = getattr(norm, "dtype", None)
+        self.affine_dtype = next((p.dtype for p in (scale, bias) if p is not None), None)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return `x` in the dtype that the batch norm gave it, times the scalar if there is one."""
+        del use_running_average, mask
+        affine = () if self.affine_dtype is None else (self.affine_dtype,)
+        dtype = self.dtype or jnp.result_type(x, *affine)
+        x = jnp.asarray(x, dtype)
+        return x if self.scale is None else x * self.scale[...].astype(dtype)
+
+
+def _plan(path: Path, node: nnx.Module, wanted: Rules) -> Entry:
+    """What becomes of a layer; of a norm it is not yet known what it stands behind."""
+
+    def entry(action: str, why: str) -> Entry:
+        return Entry("/".join(path), type(node).__name__, action, why)
+
+    kind = nnx.Conv if isinstance(node, nnx.Conv) else nnx.Linear
+    if why := wanted.why_kept(path):
+        return entry(KEPT, why)
+    if _is_norm(node):
+        return entry(DROPPED, explain_norm(None, scalar=_starts_at_zero(node)))
+    assert isinstance(node, nnx.Conv | nnx.Linear)
+    if isinstance(node, nnx.Linear) and not wanted.wants_dense(
+        path, node.in_features, node.out_features
+    ):
+        return entry(KEPT, "`dense` does not ask for it")
+    if getattr(node, "mask", None) is not None:
+        return entry(KEPT, "has a mask of its kernel")
+    if type(node).__call__ is not kind.__call__:
+        return entry(KEPT, f"{type(node).__name__} has a `__call__` of its own")
+    return entry(REPLACED, f"by {'DeconvConv' if kind is nnx.Conv else 'DeconvDense'}")
+
+
+def _conv(conv: nnx.Conv, wanted: Rules, running: bool) -> DeconvConv:
+    twin = DeconvConv(
+        conv.in_features,
+        conv.out_features,
+        conv.kernel_size,
+        conv.strides,
+        padding=conv.padding,
+        input_dilation=conv.input_dilation,
+        kernel_dilation=conv.kernel_dilation,
+        feature_group_count=conv.feature_group_count,
+        conv_general_dilated=conv.conv_general_dilated,
+        spec=wanted.spec,
+        **_common(conv, wanted, running),
+    )
+    return _with_variables_of(conv, twin)
+
+
+def _dense(dense: nnx.Linear, wanted: Rules, running: bool) -> DeconvDense:
+    twin = DeconvDense(
+        dense.in_features,
+        dense.out_features,
+        # Its own default rounds once where this one would round twice.
+        dot_general=None if dense.dot_general is jax.lax.dot_general else dense.dot_general,
+        spec=wanted.dense_spec,
+        **_common(dense, wanted, running),
+    )
+    return _with_variables_of(dense, twin)
+
+
+def _common(layer: nnx.Conv | nnx.Linear, wanted: Rules, running: bool) -> dict[str, Any]:
+    names = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
+    return {name: getattr(layer, name) for name in names} | {
+        "use_running_average": running,
+        "axis_name": wanted.axis_name,
+        "kernel_init": _zeros,  # to be replaced
+        "rngs": nnx.Rngs(0),
+    }
+
+
+def _with_variables_of(layer: nnx.Conv | nnx.Linear, twin: Any) -> Any:
+    """Give the twin the kernel and bias of a layer, and the axes of one that `nnx.vmap` has stacked."""
+    lead = layer.kernel.shape[: len(layer.kernel.shape) - len(twin.kernel.shape)]
+    twin.kernel = layer.kernel
+    twin.bias = layer.bias if layer.bias is not None else _stacked(twin.bias, lead)
+    for name in ("mean", "whitener", "step"):
+        if (stat := getattr(twin, name)) is not None:
+            setattr(twin, name, _stacked(stat, lead))
+    return twin
+
+
+def _stacked(variable: Any, lead: tuple[int, ...]) -> Any:
+    value = variable[...]
+    value = jnp.broadcast_to(value.reshape((1,) * len(lead) + value.shape), (*lead, *value.shape))
+    return WhiteningStat(value) if isinstance(variable, WhiteningStat) else nnx.Param(value)
+
+
+class _Record:
+    """What the layers of a trace were, and which of their outputs are alive."""
+
+    def __init__(self):
+        self.entries: dict[Path, Entry] = {}
+        self.made: list[tuple[weakref.ref, Path]] = []
+
+
+class _Probe(nnx.Module):
+    """A layer that runs as it is, and notes what a conversion would make of it."""
+
+    def __init__(self, path: Path, layer: nnx.Module, plan: Entry, record: _Record):
+        self.path, self.layer, self.plan, self.record = path, layer, plan, record
+        self.scalar = _is_norm(layer) and _starts_at_zero(layer)  # which a trace could not tell
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "layer":
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self.layer
+        plan = self.plan
+        if plan.action == DROPPED:
+            source = next((path for made, path in self.record.made if made() is x), None)
+            plan = dataclasses.replace(plan, why=explain_norm(source, scalar=self.scalar))
+        self.record.entries[self.path] = plan
+        y = layer(x, *args, **kwargs)
+        if plan.action == REPLACED:
+            self.record.made.append((weakref.ref(y), self.path))
+        return y
+
+
+def _map(change: Callable[[Path, Any], Any], model: nnx.Module) -> Any:
+    """Return the model with every convolution, dense layer and batch norm changed."""
+
+    def visit(path, node):
+        if isinstance(node, nnx.Conv | nnx.Linear) or _is_norm(node):
+            return change(tuple(map(str, path)), node)
+        return node
+
+    return nnx.recursive_map(visit, model)
+
+
+def _checked(model: Any) -> nnx.Module:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be an NNX module, got {type(model).__name__}; for Linen there is "
+            "`netdeconv_jax.deconvolve`."
+        )
+    return model
+
+
+def _mode(model: nnx.Module) -> bool:
+    """Whether a model's batch norms, if it has any, use running statistics."""
+    norms: list[Any] = [module for _, module in nnx.iter_modules(model) if _is_norm(module)]
+    return bool(norms) and all(norm.use_running_average for norm in norms)
+
+
+def _is_norm(node: Any) -> bool:
+    """Whether a module is an `nnx.BatchNorm` or another class with running averages like its own."""
+    fields = ("use_running_average", "momentum", "epsilon")
+    return isinstance(node, nnx.BatchNorm) or (
+        isinstance(node, nnx.Module)
+        and not isinstance(node, _OURS)
+        and all(hasattr(node, field) for field in fields)
+    )
+
+
+def _starts_at_zero(norm: nnx.Module) -> bool:
+    scale = getattr(norm, "scale", None)
+    value = None if scale is None else scale.get_value()
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return False  # none, or an abstract one that does not say
+    return not value.any()

@@ -1,0 +1,217 @@
+"""NNX models, converted by the rules that hold for Linen ones."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import netdeconv_jax
+from netdeconv_jax import WhiteningSpec
+from netdeconv_jax import nnx as dnnx
+
+X = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32) + 0.5
+# Whiteners of one size: what costs time here is compiling, shape by shape.
+SPEC = WhiteningSpec(whiten="channels", block_size=4, sampling_stride=1, num_iters=2)
+
+
+class CNN(nnx.Module):
+    """Two convolutions with norms and pools and two dense layers, as tutorials have it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv1 = nnx.Conv(3, 4, kernel_size=(3, 3), rngs=rngs)
+        self.norm1 = nnx.BatchNorm(4, rngs=rngs)
+        self.conv2 = nnx.Conv(4, 4, kernel_size=(3, 3), use_bias=False, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(4, rngs=rngs)
+        self.pool = partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2))
+        self.linear1 = nnx.Linear(16, 8, rngs=rngs)
+        self.linear2 = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.pool(nnx.relu(self.norm1(self.conv1(x))))
+        x = self.pool(nnx.relu(self.norm2(self.conv2(x))))
+        return self.linear2(nnx.relu(self.linear1(x.reshape(len(x), -1))))
+
+
+class Block(nnx.Module):
+    """Pre-activation in front, a norm that starts at zero at the end, layers in lists and dicts."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.BatchNorm(4, rngs=rngs)
+        self.convs = nnx.List(nnx.Conv(4, 4, (1, 1), use_bias=False, rngs=rngs) for _ in range(2))
+        self.norms = nnx.Dict(
+            inner=nnx.BatchNorm(4, rngs=rngs),
+            last=nnx.BatchNorm(4, scale_init=nnx.initializers.zeros, rngs=rngs),
+        )
+
+    def __call__(self, x):
+        y = nnx.relu(self.first(x))
+        y = nnx.relu(self.norms.inner(self.convs[0](y)))
+        return x + self.norms.last(self.convs[1](y))
+
+
+class Deep(nnx.Module):
+    """A block that runs twice, so that its layers are shared."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(3, 4, (1, 1), rngs=rngs)
+        self.block = Block(rngs)
+        self.again = self.block
+
+    def __call__(self, x):
+        return self.again(self.block(self.stem(x)))
+
+
+def test_a_tutorial_model_is_converted_and_the_given_one_stays():
+    net = CNN(nnx.Rngs(0))
+    before = nnx.eval_shape(lambda net: nnx.state(net), net)
+    model: Any = dnnx.deconvolve(net, SPEC)
+    assert type(model) is CNN
+    assert [type(one) for one in (model.conv1, model.conv2)] == [dnnx.DeconvConv] * 2
+    assert [type(one) for one in (model.norm1, model.norm2)] == [dnnx.FormerNorm] * 2
+    assert type(model.linear1) is nnx.Linear
+    assert type(net.conv1) is nnx.Conv
+    assert jax.tree.structure(nnx.state(net)) == jax.tree.structure(before)
+    np.testing.assert_array_equal(model.conv1.kernel[...], net.conv1.kernel[...])
+    assert model.conv1.kernel is not net.conv1.kernel
+    assert nnx.state(model)["conv2"]["bias"][...].shape == (
+        4,
+    )  # which the convolution did not have
+    assert len(jax.tree.leaves(nnx.state(model, nnx.BatchStat))) == 4
+
+
+def test_arrays_are_those_of_the_linen_conversion():
+    conv: Any = {"kernel_size": (3, 3), "strides": (2, 1), "padding": "VALID"}
+    linen = netdeconv_jax.deconvolve(nn.Conv(4, use_bias=False, **conv), SPEC)
+    model = dnnx.deconvolve(nnx.Conv(3, 4, use_bias=False, **conv, rngs=nnx.Rngs(0)), SPEC)
+    params = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    variables = {**linen.init(jax.random.key(0), X), "params": params}
+    y, updates = linen.apply(variables, X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(model(X), y)
+    for name, value in updates["batch_stats"].items():
+        np.testing.assert_array_equal(getattr(model, name)[...], value)
+    model.eval()
+    np.testing.assert_array_equal(model(X), linen.apply({"params": params, **updates}, X))
+
+
+def test_the_report_is_that_of_the_linen_rules():
+    report = dnnx.conversion_report(Deep(nnx.Rngs(0)), X)
+    assert report.replaced == ("stem", "again/convs/0", "again/convs/1")
+    assert report.dropped == ("again/first", "again/norms/inner", "again/norms/last")
+    why = {entry.path: entry.why for entry in report.entries}
+    assert "pre-activation" not in why["again/norms/inner"]
+    assert why["again/norms/last"].startswith("follows again/convs/1, which whitens; started at")
+    net = CNN(nnx.Rngs(0))
+    report = dnnx.conversion_report(net, X, dense="linear1", keep=("norm1", "conv2"))
+    assert report.kept == ("norm1", "conv2", "linear2")
+    assert report.replaced == ("conv1", "linear1")
+    model = dnnx.deconvolve(net, SPEC, dense="linear1", keep=("norm1", "conv2"))
+    assert type(model.norm1) is nnx.BatchNorm
+    assert type(model.conv2) is nnx.Conv
+    assert type(model.linear1) is dnnx.DeconvDense
+    assert model.linear1.effective_block == 16  # not four, as of the convolutions
+
+
+def test_blocks_start_as_the_identity_and_share_what_they_shared():
+    model = dnnx.deconvolve(Deep(nnx.Rngs(0)), SPEC)
+    assert model.block is model.again
+    block = model.block
+    assert block.norms.last.scale.shape == ()
+    assert block.norms.inner.scale is None
+    y = model.stem(X, use_running_average=True)
+    np.testing.assert_array_equal(block(y), y)
+    grads = nnx.grad(lambda block: jnp.sum(jnp.sin(block(y))))(block)
+    assert grads["norms"]["last"]["scale"][...] != 0
+    assert not grads["convs"][0]["kernel"][...].any()
+
+
+def test_it_trains_evaluates_and_goes_through_split_and_merge():
+    model = dnnx.deconvolve(CNN(nnx.Rngs(0)), SPEC)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.3, 0.9), wrt=nnx.Param)
+    labels = jnp.arange(4) % 3
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss_fn(model):
+            losses = optax.softmax_cross_entropy_with_integer_labels(model(X), labels)
+            return losses.mean()
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(15)]
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()
+    assert model.conv1.use_running_average
+    graphdef, state = nnx.split(model)
+    mean = model.conv1.mean[...]
+    expected = jax.jit(lambda state: nnx.merge(graphdef, state)(X))(state)
+    np.testing.assert_allclose(model(X), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(model.conv1.mean[...], mean)
+    assert jnp.abs(mean).min() > 0
+
+
+def test_the_mode_at_first_is_that_of_the_batch_norms_unless_it_is_given():
+    net = CNN(nnx.Rngs(0))
+    assert not dnnx.deconvolve(net).conv1.use_running_average
+    net.eval()
+    assert dnnx.deconvolve(net).conv1.use_running_average
+    assert not dnnx.deconvolve(net, use_running_average=False).conv1.use_running_average
+
+
+def test_stacked_blocks_are_converted_with_their_axes():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return Block(rngs)
+
+    blocks = dnnx.deconvolve(make(nnx.Rngs(0)), SPEC)
+    assert blocks.convs[0].whitener.shape == (3, 4, 4)
+    assert blocks.convs[0].bias.shape == (3, 4)
+    assert blocks.norms.last.scale.shape == (3,)
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x, block):
+        return block(x)
+
+    y = run(jnp.asarray(X[..., [0, 1, 2, 2]]), blocks)
+    np.testing.assert_array_equal(y, X[..., [0, 1, 2, 2]])
+    whiteners = blocks.convs[0].whitener[...]
+    assert jnp.abs(whiteners - np.broadcast_to(np.eye(4), (3, 4, 4))).max() > 1e-3
+
+
+def test_what_is_no_plain_layer_stays():
+    class Standardized(nnx.Conv):
+        def __call__(self, x):
+            return super().__call__(x - x.mean())
+
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(
+        Standardized(3, 4, (3, 3), rngs=rngs),
+        nnx.Conv(4, 4, (1, 1), mask=jnp.ones((1, 1, 4, 4)), rngs=rngs),
+    )
+    why = [entry.why for entry in dnnx.conversion_report(net, X).entries]
+    assert why == ["Standardized has a `__call__` of its own", "has a mask of its kernel"]
+    with pytest.raises(ValueError, match="`keep` names no layer of the model: 'conv9'"):
+        dnnx.deconvolve(net, keep="conv9")
+    with pytest.raises(TypeError, match="`model` must be an NNX module, got Dense"):
+        dnnx.deconvolve(nn.Dense(3))
+    with pytest.raises(TypeError, match=r"there is `netdeconv_jax\.nnx\.deconvolve`"):
+        netdeconv_jax.deconvolve(net)  # pyright: ignore
+
+
+def test_computation_in_bfloat16_stays_in_bfloat16():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(
+        nnx.Conv(3, 4, (1, 1), dtype=jnp.bfloat16, rngs=rngs),
+        nnx.BatchNorm(4, dtype=jnp.bfloat16, rngs=rngs),
+    )
+    model = dnnx.deconvolve(net, SPEC)
+    assert model(X).dtype == jnp.bfloat16
+    assert model.layers[0].whitener[...].dtype == jnp.float32

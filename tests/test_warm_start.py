@@ -1,0 +1,158 @@
+"""A model trained with batch norm, converted: the same function, before any fine-tuning."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from convert_models import Homemade, PreActivation, ResNet, Shared, Stacked, sequential
+from flax import linen as nn
+from flax import traverse_util
+
+from netdeconv_jax import DeconvConv, WhiteningSpec, models
+from netdeconv_jax.interop import fold, recalibrate, warm_start
+from netdeconv_jax.linen import DeconvolvedModel
+
+X = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32) + 0.5
+# Whiteners of one size: what costs time here is compiling, shape by shape.
+SPEC = WhiteningSpec(whiten="channels", block_size=4, sampling_stride=1, num_iters=2)
+
+
+def trained(model, x: Any = X, dtype: Any = np.float32) -> Any:
+    """Variables that no symmetry saves from a wrong index, in the ranges of trained ones."""
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(1)
+
+    def leaf(path, like):
+        kind, noise = path[-1].key, rng.normal(size=like.shape)
+        if kind == "kernel":
+            noise = noise / np.sqrt(np.prod(like.shape[:-1]))
+        elif kind in ("var", "scale"):
+            noise = np.abs(noise) + 0.5
+        return jnp.asarray(noise, dtype)
+
+    return jax.tree.map_with_path(leaf, shapes)
+
+
+def check_same(model, variables, found, x=X, tolerance=1e-4, **flags):
+    """The same logits; statistics of what each layer sees; and the first layer's, told apart from none."""
+    converted, new = found
+    expected = jax.jit(lambda x: model.apply(variables, x, **flags))(x)
+    logits = jax.jit(lambda x: converted.apply(new, x, **flags))(x)
+    scale = np.abs(expected).max()
+    assert np.ptp(expected, axis=0).max() > 1e-3 * scale
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * max(1, scale))
+    stats: Any = traverse_util.flatten_dict(new["batch_stats"])
+    for path, leaf in stats.items():
+        if path[-1] == "whitener":
+            assert np.abs(np.asarray(leaf) - np.eye(leaf.shape[-1])).max() > 1e-3
+
+
+# Each with the batch norms that cannot be folded.
+NETS: dict[str, Any] = {
+    "resnet": (ResNet(), set()),
+    "pre-activation": (PreActivation(), {"first0", "first1", "last"}),
+    "shared": (Shared(), {"twice_norm"}),
+    "homemade": (Homemade(), set()),
+}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "shared")]
+
+
+@pytest.mark.parametrize("name", ["pre-activation", "homemade", *SLOW])
+def test_a_converted_model_computes_what_it_computed(name):
+    model, unfolded = NETS[name]
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X[:4], X[4:]], SPEC)
+    assert isinstance(converted, DeconvolvedModel)
+    check_same(model, variables, (converted, new), train=False)
+    report = converted.report(X)
+    assert not any("Dense" in path or "head" in path for path in report.replaced)
+    norms = {path for path in report.kept if "head" not in path and "Dense" not in path}
+    # Behind the projection of a sum, or in front of it, there is nothing to fold into.
+    assert norms == (unfolded | {"first0"} if name == "pre-activation" else unfolded)
+    why = {entry.path: entry.why for entry in report.entries}
+    assert all("cannot be folded" in why[path] for path in norms)
+    for path in norms:
+        assert jax.tree.all(
+            jax.tree.map(np.array_equal, new["batch_stats"][path], variables["batch_stats"][path])
+        )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        WhiteningSpec(method="eigh", shared_whitener=False, block_size=2),
+        pytest.param(
+            WhiteningSpec(block_size=16, momentum=0.0, freeze_schedule=(1, 3)),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_it_does_so_however_it_whitens_and_with_dense_layers(spec):
+    model: Any = sequential()
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X], spec, dense=True, apply_kwargs={})
+    check_same(model, variables, (converted, new))
+    assert converted.report(X).kept == ()
+    assert "whitener" in new["batch_stats"]["layers_6"]
+
+
+def test_in_float64_it_is_exact(x64):
+    model, x = nn.Conv(4, (3, 3), feature_group_count=2, param_dtype=jnp.float64), X.astype("f8")
+    x = np.concatenate([x, x[..., :1] ** 2], -1)
+    variables = trained(model, x, np.float64)
+    found = warm_start(model, variables, [x], SPEC, apply_kwargs={})
+    assert found[1]["batch_stats"]["whitener"].dtype == jnp.float64
+    check_same(model, variables, found, x, tolerance=1e-12)
+
+
+def test_statistics_are_those_that_the_layer_meets():
+    model: Any = sequential()
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X[:4], X[4:]], SPEC, apply_kwargs={})
+    layer = DeconvConv(6, (3, 3), strides=2, spec=SPEC)
+    params = new["params"]["layers_0"]
+    fresh = {"params": params, **layer.init(jax.random.key(0), X, True)} | {"params": params}
+    flags: Any = {"apply_kwargs": {"use_running_average": False}}
+    expected = recalibrate(layer, fresh, [X[:4], X[4:]], **flags)["batch_stats"]
+    for kind in ("mean", "whitener"):
+        np.testing.assert_allclose(new["batch_stats"]["layers_0"][kind], expected[kind], atol=1e-4)
+    plain, folded = fold(converted, new, X)
+    np.testing.assert_allclose(plain.apply(folded, X), model.apply(variables, X), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_a_network_of_the_zoo_becomes_its_twin(name):
+    model, x = models.create(name, norm="batch", width=0.25), X
+    variables = trained(model, x)
+    twin, new = warm_start(model, variables, [x], SPEC)
+    assert twin == model.clone(norm="deconv", spec=SPEC)
+    check_same(model, variables, (twin, new), x)
+    shapes = jax.eval_shape(twin.init, jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layout"), [("preact_resnet18", "full"), ("resnet18_imagenet", "original")]
+)
+def test_a_network_that_has_no_such_twin_is_wrapped(name, layout):
+    x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    model = models.create(name, norm="batch", width=0.0625, layout=layout)
+    variables = trained(model, x)
+    converted, new = warm_start(model, variables, [x], SPEC)
+    assert isinstance(converted, DeconvolvedModel)
+    check_same(model, variables, (converted, new), x)
+
+
+def test_what_cannot_be_is_refused_in_words():
+    with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
+        warm_start(ResNet(), trained(ResNet()), [])
+    dense = nn.Dense(3)
+    with pytest.raises(ValueError, match="`model` has no convolution to convert"):
+        warm_start(dense, trained(dense), [X], apply_kwargs={})
+    scanned = Stacked("scan")
+    with pytest.raises(ValueError, match=r"under `nn\.scan`"):
+        warm_start(scanned, trained(scanned), [X])
