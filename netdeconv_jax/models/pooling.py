@@ -83,4 +83,4 @@ def channels_first(x: jax.Array) -> jax.Array:
 
     A block of neighbours that is whitened together is then pixels of few channels, as in the original.
     """
-    return jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
+    return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
