@@ -6,6 +6,7 @@ Real handwritten digits (1,797 images of 8x8 inside scikit-learn), some seconds 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,22 +55,21 @@ def train_step(variables, opt_state, images, labels):
 @jax.jit
 def accuracy(variables, images, labels):
     """Return the share of images that are recognized, by running statistics."""
-    logits = model.apply(variables, images, train=False)
+    logits: Any = model.apply(variables, images, train=False)
     return jnp.mean(logits.argmax(-1) == labels)
 
 
 def main() -> None:
     """Train on two thirds of the digits, test on the rest."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images, labels = (digits.images[..., None] - 4.9).astype(np.float32) / 6, digits.target
-    train, test = slice(0, 1198), slice(1198, None)
+    test = slice(1198, None)
     variables = model.init(jax.random.key(0), images[:1], train=False)
     opt_state, loss = optimizer.init(variables["params"]), None
     for epoch in range(EPOCHS):
         order = np.random.default_rng(epoch).permutation(1198)
         for start in range(0, 1198 - BATCH + 1, BATCH):
-            seen = order[start : start + BATCH]
-            batch = images[train][seen], labels[train][seen]
+            batch = (images[at := order[start : start + BATCH]], labels[at])
             variables, opt_state, loss = train_step(variables, opt_state, *batch)
         share = accuracy(variables, images[test], labels[test])
         print(f"epoch {epoch + 1}: loss {loss:.3f}, test accuracy {share:.1%}")

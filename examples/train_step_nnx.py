@@ -6,6 +6,7 @@ Real handwritten digits (1,797 images of 8x8 inside scikit-learn), some seconds 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,9 @@ def accuracy(net: Net, images: jax.Array, labels: jax.Array):
 
 def main() -> None:
     """Train on two thirds of the digits, test on the rest."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images, labels = (digits.images[..., None] - 4.9).astype(np.float32) / 6, digits.target
-    train, test = slice(0, 1198), slice(1198, None)
+    test = slice(1198, None)
     net, loss = Net(nnx.Rngs(0)), None
     optimizer = nnx.Optimizer(net, optax.sgd(LEARNING_RATE, momentum=0.9), wrt=nnx.Param)
     # The same variables by another name, which uses running statistics: as with nnx.BatchNorm.
@@ -68,7 +69,7 @@ def main() -> None:
         order = np.random.default_rng(epoch).permutation(1198)
         for start in range(0, 1198 - BATCH + 1, BATCH):
             batch = order[start : start + BATCH]
-            loss = train_step(net, optimizer, images[train][batch], labels[train][batch])
+            loss = train_step(net, optimizer, images[batch], labels[batch])
         share = accuracy(evaluated, images[test], labels[test])
         print(f"epoch {epoch + 1}: loss {loss:.3f}, test accuracy {share:.1%}")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import onnx
-import onnxruntime
+import onnx  # pyright: ignore[reportMissingImports]
+import onnxruntime  # pyright: ignore[reportMissingImports]
 import pytest
 from flax import linen as nn
 from flax import nnx

@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sklearn.datasets import load_digits
@@ -67,7 +68,8 @@ def test_gradients_differ_where_the_whitener_is_held_constant():
 
 
 def test_a_folded_classifier_answers_over_http():
-    digits, server = load_digits(), process("fold_and_serve", "--port=0")
+    digits: Any = load_digits()
+    server: Any = process("fold_and_serve", "--port=0")
     try:
         line = server.stdout.readline()
         assert line.startswith("Serving on http://127.0.0.1:"), line + server.stderr.read()

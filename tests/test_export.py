@@ -172,7 +172,8 @@ def test_an_nnx_module_is_exported_too():
 
 def test_what_cannot_be_exported_is_refused():
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    for shape in ((), (0, 2), (2.0,), (None, 2)):
+    shapes: Any = ((), (0, 2), (2.0,), (None, 2))
+    for shape in shapes:
         with pytest.raises(ValueError, match="`input_shape` must be positive ints"):
             export_stablehlo(layer, None, shape)
     with pytest.raises(ValueError, match="`variables` must be None"):

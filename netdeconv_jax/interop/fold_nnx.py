@@ -129,7 +129,7 @@ def _plain(path: Path, layer: Any) -> Any:
             "one layer: layers under `nnx.vmap` cannot be folded."
         )
     dtype = jnp.dtype(layer.dtype or arrays[0].dtype)
-    shared: dict[str, Any] = {
+    shared: Any = {
         "dtype": layer.dtype,
         "param_dtype": layer.param_dtype,
         "precision": layer.precision,
@@ -146,8 +146,8 @@ def _plain(path: Path, layer: Any) -> Any:
     elif isinstance(layer, DeconvDense):
         groups = dense_groups(layer.spec, layer.in_features)
         kernel, bias = ops.fold(*arrays, groups, dtype=dtype)
+        shared["dot_general"] = layer.dot_general
         plain = PlainLinear(layer.in_features, layer.out_features, **shared)
-        plain.dot_general = layer.dot_general
     else:
         geometry, count = layer.geometry, layer.feature_group_count
         groups = conv_groups(layer.spec, layer.in_features, geometry.taps, count)
