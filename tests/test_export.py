@@ -22,6 +22,7 @@ from netdeconv_jax.interop.export import main
 from train import config as configs
 from train.loop import create_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 ROOT = Path(__file__).parents[1]
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -57,7 +58,7 @@ def check(program, expected, x):
 
 
 @pytest.fixture(scope="module")
-def lenet(tmp_path_factory) -> Any:
+def lenet(tmp_path_factory, quick_compiler) -> Any:
     """A trained file, without the config that the trainer adds; model, variables and images."""
     model, x = models.create("lenet"), np.random.default_rng(1).normal(size=(3, 8, 8, 1))
     x = x.astype(np.float32)

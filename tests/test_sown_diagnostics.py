@@ -1,4 +1,4 @@
-"""What a layer tells of its whitening where it is asked, against NumPy; where nobody asks, nothing changes."""
+"""What a layer tells of its whitening where it is asked, against NumPy; else nothing changes."""
 
 from typing import Any
 
@@ -14,6 +14,7 @@ from netdeconv_jax.ops import Moments
 from netdeconv_jax.whitening import Eigh, WhiteningSpec
 from netdeconv_jax.whitening.diagnostics import diagnostics
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 NAMES = {"effective_rank", "under_ridge", "whitener_norm", "rows_per_dim", "nonfinite"}
 EXACT = WhiteningSpec(root=Eigh(), eps=1e-3)
 
@@ -38,6 +39,11 @@ def expected(x, spec=EXACT):
     }
 
 
+def applied(layer, variables, x, *mutable):
+    """A pass in training, compiled."""
+    return jax.jit(lambda v, x: layer.apply(v, x, False, mutable=[*mutable]))(variables, x)
+
+
 def check(found, wanted):
     assert set(found) == NAMES
     for name, value in wanted.items():
@@ -48,9 +54,9 @@ def test_a_linen_layer_sows_where_the_collection_is_mutable():
     x, layer = data(), DeconvDense(3, spec=EXACT)
     variables: Any = layer.init(jax.random.key(1), x, True)
     assert set(variables) == {"params", "batch_stats"}
-    y, updates = layer.apply(variables, x, False, mutable=["batch_stats", "diagnostics"])
+    y, updates = applied(layer, variables, x, "batch_stats", "diagnostics")
     check({name: value for name, (value,) in updates["diagnostics"].items()}, expected(x))
-    plain, others = layer.apply(variables, x, False, mutable=["batch_stats"])
+    plain, others = applied(layer, variables, x, "batch_stats")
     np.testing.assert_array_equal(y, plain)
     assert set(updates) == {"batch_stats", "diagnostics"}
     assert set(others) == {"batch_stats"}
@@ -62,10 +68,12 @@ def test_a_linen_layer_sows_where_the_collection_is_mutable():
 
 def test_who_does_not_ask_pays_nothing():
     x, layer = data(), DeconvDense(3)
-    variables: Any = jax.eval_shape(layer.init, jax.random.key(1), x, True)
+    variables: Any = jax.eval_shape(lambda: layer.init(jax.random.key(1), x, True))
 
     def program(*mutable):
-        run = lambda v, x: layer.apply(v, x, False, mutable=["batch_stats", *mutable])  # noqa: E731
+        def run(variables, x):
+            return layer.apply(variables, x, False, mutable=["batch_stats", *mutable])
+
         return str(jax.make_jaxpr(run)(variables, x))
 
     assert "eigh" not in program()
@@ -90,13 +98,12 @@ def test_moments_of_microbatches_are_told_together():
     x, layer = data(), DeconvDense(3, spec=EXACT)
     variables: Any = layer.init(jax.random.key(1), x, True)
     mutable = ["moments", "diagnostics"]
-    _, first = layer.apply(variables, x[:10], False, mutable=mutable)
+    _, first = applied(layer, variables, x[:10], *mutable)
     given = {**variables, "moments": first["moments"]}
-    _, both = layer.apply(given, x[10:], False, mutable=mutable)
+    _, both = applied(layer, given, x[10:], *mutable)
     check({name: value for name, (value,) in both["diagnostics"].items()}, expected(x))
-    _, last = layer.apply(
-        {**variables, "moments": both["moments"]}, x, False, mutable=["batch_stats", "diagnostics"]
-    )
+    given = {**variables, "moments": both["moments"]}
+    _, last = applied(layer, given, x, "batch_stats", "diagnostics")
     check({name: value for name, (value,) in last["diagnostics"].items()}, expected(x))
 
 
@@ -138,7 +145,8 @@ def test_a_loss_has_the_same_gradient_with_diagnostics():
     def loss(params, *mutable):
         given = {**variables, "params": params}
         y, updates = layer.apply(given, x, False, mutable=["batch_stats", *mutable])
-        return jnp.sum(y**2) + sum(v[0].sum() for v in updates.get("diagnostics", {}).values())
+        told: Any = updates.get("diagnostics", {})
+        return jnp.sum(y**2) + sum(value[0].sum() for value in told.values())
 
     plain, asked = (jax.grad(loss)(variables["params"], *more) for more in ((), ("diagnostics",)))
     jax.tree.map(np.testing.assert_array_equal, plain, asked)

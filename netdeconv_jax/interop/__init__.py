@@ -3,6 +3,7 @@
 from netdeconv_jax.interop.batch_norm import merge_batch_norm
 from netdeconv_jax.interop.fold import FoldedModel, fold
 from netdeconv_jax.interop.microbatches import accumulate
+from netdeconv_jax.interop.nnx_weights import nnx_update, nnx_variables
 from netdeconv_jax.interop.programs import export_onnx, export_stablehlo
 from netdeconv_jax.interop.recalibrate import recalibrate
 from netdeconv_jax.interop.torch_checkpoint import load_torch_checkpoint
@@ -19,6 +20,8 @@ __all__ = [
     "load_torch_checkpoint",
     "load_weights",
     "merge_batch_norm",
+    "nnx_update",
+    "nnx_variables",
     "recalibrate",
     "save_weights",
 ]
