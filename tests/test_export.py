@@ -92,18 +92,30 @@ def test_the_size_may_be_another(lenet, tmp_path, capsys):
     assert output.is_file()
 
 
-def test_a_program_is_refused_in_one_line(lenet, tmp_path):
+def test_the_command_runs_as_a_process_of_its_own(lenet, tmp_path):
     path, *_ = lenet
+    command = ["-m", "netdeconv_jax.interop.export", str(path), "--format=stablehlo"]
     found = subprocess.run(
-        [sys.executable, "-m", "netdeconv_jax.interop.export", str(path), "--format=onnx"],
+        [sys.executable, "-W", "error", *command, f"--output={tmp_path / 'out'}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 2
-    assert found.stdout == ""
-    assert found.stderr.startswith("export: ONNX needs jax2onnx and onnxruntime, in an environment")
-    assert found.stderr.count("\n") == 1
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    assert (tmp_path / "out").is_file()
+
+
+def test_without_the_extra_onnx_is_refused_in_one_line(lenet, capsys, monkeypatch):
+    path, model, variables, _ = lenet
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    assert main([str(path), "--format=onnx"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("export: ONNX needs jax2onnx and onnxruntime, in an environment")
+    assert told.err.count("\n") == 1
+    with pytest.raises(ImportError, match=r"netdeconv-jax\[onnx\]"):
+        export_onnx(model, variables, (8, 8, 1))
 
 
 def test_what_is_wrong_with_a_command_is_said_in_one_line(lenet, tmp_path, capsys):
@@ -181,8 +193,6 @@ def test_what_cannot_be_exported_is_refused():
         export_stablehlo(layer, {}, (2,))
     with pytest.raises(ValueError, match="`variables` must be those of"):
         export_stablehlo(nn.Dense(2), None, (2,))
-    with pytest.raises(ImportError, match=r"netdeconv-jax\[onnx\]"):
-        export_onnx(layer, None, (2,))
 
 
 @pytest.mark.slow
