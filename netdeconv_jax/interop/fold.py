@@ -83,7 +83,7 @@ def fold(
     A network of the zoo comes back as its twin of `norm="none"`, batch norms folded into the convolutions
     before them. One with a batch norm that follows no convolution (a pre-activation network of
     `norm="batch"`) has no such twin: the norm cannot pass the ReLU behind it, nor a sum that others read
-    too, so that it stays as a scale and a bias per channel, in a `FoldedModel`. Any other Linen module comes
+    too, so that all its norms stay as a scale and a bias per channel, in a `FoldedModel`. Any other Linen module comes
     back as a `FoldedModel`, whose `apply` is that of the module; what it holds besides, batch norms and
     `ChannelDeconv` too, stays as it is.
 
@@ -138,8 +138,10 @@ def fold(
             _fold_whitener(path, layer, params, stats)
     if not zoo:
         return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
-    lone = [path for path, norm in norms.items() if norm.behind is None]
+    lone = any(norm.behind is None for norm in norms.values())
     for path, norm in norms.items():
+        if lone:  # its convolutions have no bias that could take up what a norm adds
+            norm = dataclasses.replace(norm, behind=None)
         _fold_batch_norm(path, norm, layers, params, stats)
     if lone:
         return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
