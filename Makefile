@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | docs | models-page
+# make demo | test | test-all | examples | onnx | lint | format | docs | models-page
 # Everything runs in .venv, which the first target that needs it makes. PYTHON=... picks the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-all lint format docs models-page clean
+.PHONY: demo test test-all examples onnx lint format docs models-page clean
 
 demo: .venv/train
 	$(BIN)/python -m train.main --config=configs/digits.py:cnn --compare=batch,deconv --seeds=0,1,2 \
@@ -17,6 +17,13 @@ test: .venv/test
 
 test-all: .venv/test
 	$(PYTEST)
+
+examples: .venv/test
+	$(PYTEST) tests/test_examples.py
+
+# In an environment of its own: jax2onnx and the trainer ask for different versions of orbax.
+onnx: .venv-onnx/ready
+	.venv-onnx/bin/python -m pytest -s tests/onnx_checks.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -42,6 +49,12 @@ format: .venv/test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train,test]"
 	@touch $@
 
+.venv-onnx/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "netdeconv_jax needs Python 3.11 or newer; set PYTHON=/path/to/it."; exit 1; }
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx]" pytest
+	@touch $@
+
 docs: .venv/docs
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 	@echo "build/docs/index.html"
@@ -54,4 +67,4 @@ models-page: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .venv-onnx runs build dist *.egg-info

@@ -23,6 +23,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """For small programs that run once: what they compute does not depend on how well they are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def bounded_memory():
     """Compiled programs are kept for ever, and whole networks run op by op leave thousands of them."""

@@ -10,7 +10,14 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.extend.core import jaxprs_in_params
 
-from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec, models
+from netdeconv_jax import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    WhiteningSpec,
+    models,
+)
 from netdeconv_jax.interop import FoldedModel, fold
 
 KERNELS_OF_WHITENING = {"cholesky", "eigh", "rsqrt", "sqrt", "while", "scan", "cond"}
@@ -161,13 +168,27 @@ def test_numpy_arrays_and_boxed_parameters_are_folded_too():
         jax.tree.map(np.testing.assert_array_equal, fold(model, given)[1], expected)
 
 
-@pytest.mark.parametrize("name", ["preact_resnet18", "densenet121"])
-def test_a_batch_norm_before_its_convolution_is_refused(name):
-    model = models.create(name, "batch", width=0.0625)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
-    variables = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), variables)
-    with pytest.raises(ValueError, match=r"batch norm, '.*bn.*', .* cannot be folded"):
-        fold(model, variables)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("preact_resnet18", "original"),
+        pytest.param("senet18", "full", marks=pytest.mark.slow),
+        pytest.param("densenet121", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_norm_before_its_convolution_stays_as_scale_and_bias(name, layout):
+    model, variables, x = made_up(name, "batch", layout=layout)
+    plain, folded = fold(model, variables)
+    assert isinstance(plain, FoldedModel)
+    assert set(folded) == {"params"}
+    leaves: Any = traverse_util.flatten_dict(folded["params"])
+    norms = [path for path in leaves if path[-1] == "scale"]
+    assert norms
+    assert all((*path[:-1], "bias") in leaves for path in norms)
+    expected = jax.jit(model.apply)(variables, x)
+    found = jax.jit(plain.apply)(folded, x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert not KERNELS_OF_WHITENING & set(primitives(jax.make_jaxpr(plain.apply)(folded, x).jaxpr))
 
 
 def test_missing_statistics_and_left_over_parameters_are_refused():
@@ -197,6 +218,7 @@ class Net(nn.Module):
         x = DeconvConv(
             8, (3, 3), whiten="channels", kernel_dilation=2, freeze_schedule=(1, 9), **use
         )(x)
+        x = DeconvConvTranspose(8, (3, 2), (2, 1), transpose_kernel=True, **use)(nn.relu(x))
         return DeconvDense(5, **use)(x.mean((1, 2)))
 
 
@@ -211,12 +233,17 @@ def test_any_module_folds_to_one_with_plain_layers():
     hash(plain)
     assert set(folded["batch_stats"]) == {"BatchNorm_0", "ChannelDeconv_0"}
     leaves: Any = traverse_util.flatten_dict(folded["params"], sep="/")
+    assert leaves["DeconvConvTranspose_0/bias"].shape == (
+        2,
+        1,
+        8,
+    )  # by the place modulo the strides
     assert leaves["DeconvConv_1/bias"].shape == (8,)  # there was none: the mean is subtracted there
     expected: Any = model.apply(variables, x, False)
     found: Any = jax.jit(plain.apply, static_argnums=2)(folded, x, False)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     ours = list(primitives(jax.make_jaxpr(lambda x: plain.apply(folded, x, False))(x).jaxpr))
-    assert ours.count("conv_general_dilated") == 5
+    assert ours.count("conv_general_dilated") == 6
     assert ours.count("dot_general") == 2  # ChannelDeconv and the dense layer
 
 
@@ -236,6 +263,8 @@ def test_low_precision_is_rounded_as_in_evaluation():
 def test_a_module_that_is_none_of_the_zoo_needs_an_input():
     with pytest.raises(ValueError, match="`x` must be an input of the model"):
         fold(Net(), {"params": {}})
+    with pytest.raises(ValueError, match="`variables` must be those of the Linen module"):
+        fold(Net())  # pyright: ignore
 
 
 def test_stacked_layers_are_refused():

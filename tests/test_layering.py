@@ -27,7 +27,16 @@ THIRD_PARTY = {
     "linen": {"jax", "numpy", "flax"},
     "nnx": {"jax", "numpy", "flax"},
     "models": {"jax", "numpy", "flax"},
-    "interop": {"jax", "numpy", "flax", "safetensors", "torch", "jax2onnx", "onnx"},
+    "interop": {
+        "jax",
+        "numpy",
+        "flax",
+        "flatbuffers",
+        "safetensors",
+        "torch",
+        "jax2onnx",
+        "onnxruntime",
+    },
     "analysis": {"jax", "numpy", "flax", "matplotlib"},
     "": {"jax", "numpy", "flax"},
 }

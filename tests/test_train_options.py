@@ -207,6 +207,7 @@ def test_diagnostics_are_written_for_every_whitened_layer(tmp_path):
     assert metrics[-1]["wall_seconds"] > 0
     variables, metadata = load_weights(tmp_path / "model.safetensors")
     assert metadata["network"] == "cnn"
+    assert metadata["input_shape"] == "[8, 8, 1]"
     assert trainer.evaluate(trainer._parallel.everywhere(variables)) == {
         name: row[name] for name in ("test_loss", "test_accuracy")
     }

@@ -157,6 +157,7 @@ class Workdir(Output):
             "network": self._config.network,
             "norm": self._config.norm,
             "num_classes": str(self._trainer.data.num_classes),
+            "input_shape": json.dumps(self._trainer.data.image_shape),
             "config": json.dumps(configs.flat(self._config)),
         }
         self._try("model.safetensors", lambda path: save_weights(path, variables, metadata))

@@ -1,6 +1,7 @@
 """Which layers a model runs and how, found in one trace without computing or even tracing any of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,12 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ops
-from netdeconv_jax.linen import DeconvConv, DeconvDense
+from netdeconv_jax.linen import DeconvConv, DeconvConvTranspose, DeconvDense
+from netdeconv_jax.whitening import WhiteningSpec
 from netdeconv_jax.whitening.conv import conv_groups, dense_groups
+from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 Path = tuple[str, ...]
 
-WHITENED = (DeconvConv, DeconvDense)
+WHITENED = (DeconvConv, DeconvConvTranspose, DeconvDense)
 LAYERS = (*WHITENED, nn.Conv, nn.Dense)
 ALL = (*LAYERS, nn.BatchNorm)
 
@@ -26,11 +29,12 @@ class Layer:
     """A convolution or dense layer that a model runs.
 
     Attributes:
-      groups: of the columns of a layer that whitens, None for others.
+      groups: of the columns of a layer that whitens; of a transposed convolution, its geometry and spec,
+        from which those of each phase follow; None for layers that do not whiten.
       dtype: of computation, None where it follows from the arrays.
     """
 
-    groups: ops.ColumnGroups | None
+    groups: ops.ColumnGroups | tuple[ops.Transposed, WhiteningSpec] | None
     dtype: Any
 
 
@@ -93,19 +97,31 @@ def dry_run(
     }
 
 
-def _layer(module, path, params, x):
-    """The record of a layer, and the shape of its output."""
-    kernel = jnp.shape(params[(*path, "kernel")])
-    convolves = isinstance(module, DeconvConv | nn.Conv)
-    geometry = None
-    if convolves:
-        geometry = ops.window(
+def geometry_of(module: nn.Module) -> ops.Window | ops.Transposed | None:
+    """Return the geometry of a convolution, None for a module that is none."""
+    if isinstance(module, DeconvConvTranspose):
+        return ops.transposed(
+            module.kernel_size,
+            module.strides,
+            module.padding,
+            module.kernel_dilation,
+            module.transpose_kernel,
+        )
+    if isinstance(module, DeconvConv | nn.Conv):
+        return ops.window(
             module.kernel_size,
             module.strides,
             module.padding,
             module.input_dilation,
             module.kernel_dilation,
         )
+    return None
+
+
+def _layer(module, path, params, x):
+    """The record of a layer, and the shape of its output."""
+    kernel = jnp.shape(params[(*path, "kernel")])
+    geometry = geometry_of(module)
     if len(kernel) != 2 + (geometry.ndim if geometry else 0):
         raise ValueError(
             f"`variables` hold a kernel of shape {kernel} for {'/'.join(path)!r}, not that of one layer: "
@@ -116,6 +132,16 @@ def _layer(module, path, params, x):
         if isinstance(module, DeconvDense):
             groups = dense_groups(module.resolved_spec(), kernel[0])
         return Layer(groups, module.dtype), (*x.shape[:-1], kernel[-1])
+    if isinstance(geometry, ops.Transposed):
+        features = kernel[-2 if geometry.transpose_kernel else -1]
+        arrays = [
+            jax.ShapeDtypeStruct(shape, x.dtype)
+            for shape in (x.shape, kernel, (*geometry.strides, features))
+        ]
+        convolve = functools.partial(plain_conv_transpose, geometry=geometry)
+        return Layer((geometry, module.resolved_spec()), module.dtype), jax.eval_shape(
+            convolve, *arrays
+        ).shape
     groups = None
     if isinstance(module, DeconvConv):
         count = module.feature_group_count

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,22 @@ from flax.core import meta, unfreeze
 from jax import lax
 
 from netdeconv_jax import ops
-from netdeconv_jax.interop.dry_run import ALL, WHITENED, Layer, Norm, Path, dry_run
-from netdeconv_jax.linen import DeconvConv, DeconvDense
+from netdeconv_jax.interop.dry_run import (
+    ALL,
+    WHITENED,
+    Layer,
+    Norm,
+    Path,
+    dry_run,
+    geometry_of,
+)
+from netdeconv_jax.linen import DeconvDense
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening.conv import plain_conv, plain_dense
+from netdeconv_jax.whitening.transposed import fold_transposed, plain_conv_transpose
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 Tree = Any
 Leaves = dict[Path, Any]
@@ -24,7 +36,11 @@ Leaves = dict[Path, Any]
 
 @dataclasses.dataclass(frozen=True)
 class FoldedModel:
-    """A Linen module whose `DeconvConv` and `DeconvDense` run as plain layers, with what `fold` made of them.
+    """A Linen module whose layers run as the plain ones that `fold` made of them.
+
+    A layer that whitened has a kernel and a bias; that of a `DeconvConvTranspose` is [*strides, features],
+    one bias for each place modulo the strides. A batch norm without running statistics is its scale and
+    bias, or the identity where it has neither.
 
     Attributes:
       model: the module that was folded.
@@ -49,9 +65,15 @@ class FoldedModel:
             return self.model.apply(variables, *args, **kwargs)
 
 
+@overload
 def fold(
     model: nn.Module, variables: Mapping[str, Tree], x: Any = None, **apply_kwargs: Any
-) -> tuple[Any, dict[str, Tree]]:
+) -> tuple[Any, dict[str, Tree]]: ...
+@overload
+def fold(model: "nnx.Module", *, x: Any = None, **call_kwargs: Any) -> Any: ...
+def fold(
+    model: Any, variables: Mapping[str, Tree] | None = None, x: Any = None, **apply_kwargs: Any
+) -> Any:
     """Return the plain network that `model` is in evaluation, and its variables.
 
     `(X - mu) D w + b = X (D w) + (b - mu D w)`: with the running statistics a whitened layer is a plain one.
@@ -59,19 +81,28 @@ def fold(
     bias is formed, as in evaluation.
 
     A network of the zoo comes back as its twin of `norm="none"`, batch norms folded into the convolutions
-    before them. Any other Linen module comes back as a `FoldedModel`, whose `apply` is that of the module;
-    what it holds besides, batch norms and `ChannelDeconv` too, stays as it is.
+    before them. One with a batch norm that follows no convolution (a pre-activation network of
+    `norm="batch"`) has no such twin: the norm cannot pass the ReLU behind it, nor a sum that others read
+    too, so that all its norms stay as a scale and a bias per channel, in a `FoldedModel`. Any other Linen
+    module comes back as a `FoldedModel`, whose `apply` is that of the module; what it holds besides, batch
+    norms and `ChannelDeconv` too, stays as it is.
+
+    An NNX module comes back as a copy in evaluation mode, in which each layer of `netdeconv_jax.nnx` is a
+    plain one, an `nnx.Conv` or `nnx.Linear`. Given `x`, a batch norm that is all that reads the output of one
+    convolution or dense layer is folded into it.
 
     Args:
-      model: a network of the zoo, or any Linen module.
-      variables: `params`, `batch_stats` and whatever else; also NumPy's arrays.
-      x: an input of the model, or its shape and dtype; only needed for modules that are not of the zoo.
-      **apply_kwargs: what `model.apply` needs besides in evaluation: `train=False`.
+      model: a network of the zoo, or any Linen or NNX module.
+      variables: `params`, `batch_stats` and whatever else; also NumPy's arrays. None for NNX.
+      x: an input of the model, or its shape and dtype; needed for Linen modules that are not of the zoo.
+      **apply_kwargs: what `model.apply`, or an NNX model's call, needs besides in evaluation: `train=False`.
     Returns:
-      The model, and variables as nested dicts, without the statistics that were folded.
+      The model, and variables as nested dicts, without the statistics that were folded; of an NNX module the
+      copy alone.
     Raises:
-      ValueError: `x` is missing; a layer has no statistics or is stacked by `nn.scan`; a network of the zoo
-        has a batch norm that follows no convolution (pre-activation networks of `norm="batch"`).
+      ValueError: `x` or `variables` is missing or one too many; a layer has no statistics, or is stacked by
+        `nn.scan` or `nnx.vmap`.
+      TypeError: `model` is neither a Linen nor an NNX module.
 
     Source: ours; Ye et al. 2020, section 3.4.
 
@@ -84,6 +115,10 @@ def fold(
       >>> plain.norm, sorted(variables), plain.apply(variables, x).shape
       ('none', ['params'], (2, 10))
     """
+    if not isinstance(model, nn.Module):
+        return _fold_nnx(model, variables, x, apply_kwargs)
+    if variables is None:
+        raise ValueError("`variables` must be those of the Linen module `model`, got None.")
     plain = unfreeze(meta.unbox(dict(variables)))
     collections = {name: _leaves(tree) for name, tree in plain.items()}
     params, stats = collections.get("params", {}), collections.get("batch_stats", {})
@@ -103,16 +138,38 @@ def fold(
             _fold_whitener(path, layer, params, stats)
     if not zoo:
         return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
+    lone = any(norm.behind is None for norm in norms.values())
     for path, norm in norms.items():
+        if lone:  # its convolutions have no bias that could take up what a norm adds
+            norm = dataclasses.replace(norm, behind=None)
         fold_batch_norm(path, norm, layers, params, stats)
+    if lone:
+        return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
     twin = model.clone(norm="none")
     _check_all_there(twin, params, stats, x)
     return twin, _trees(collections | {"params": params, "batch_stats": stats})
 
 
+def _fold_nnx(model, variables, x, call_kwargs):
+    # A quarter of a second that who uses Linen does not wait for.
+    from netdeconv_jax.interop.fold_nnx import fold_nnx
+
+    if variables is not None:
+        raise ValueError(
+            "`variables` must be None for an NNX module, which holds its own; give `x=`."
+        )
+    return fold_nnx(model, x, **call_kwargs)
+
+
 @functools.partial(jax.jit, static_argnames=("groups", "dtype"))
 def _folded(kernel, bias, mean, whitener, groups, dtype):
-    folded, shift = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    if isinstance(groups, tuple):
+        geometry, spec = groups
+        folded, shift = fold_transposed(
+            kernel, bias, mean, whitener, geometry=geometry, spec=spec, dtype=dtype
+        )
+    else:
+        folded, shift = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
     return folded.astype(kernel.dtype), shift.astype(kernel.dtype)
 
 
@@ -135,21 +192,34 @@ def _fold_whitener(path: Path, layer: Layer, params: Leaves, stats: Leaves) -> N
 def fold_batch_norm(
     path: Path, norm: Norm, layers: Mapping[Path, Layer], params: Leaves, stats: Leaves
 ) -> None:
-    """Fold a batch norm into the layer before it."""
-    if norm.behind is None:
-        raise ValueError(
-            f"`model` has a batch norm, {'/'.join(path)!r}, that is not all that follows one convolution: "
-            "it cannot be folded."
-        )
-    dtype = layers[norm.behind].dtype
-    kernel, bias = params[(*norm.behind, "kernel")], params.get((*norm.behind, "bias"))
+    """Fold a batch norm into the layer before it; leave a scale and a bias where there is none."""
     mean, var = stats.pop((*path, "mean")), stats.pop((*path, "var"))
     gain = lax.rsqrt(var + norm.epsilon) * params.pop((*path, "scale"), 1)
-    shift = (mean if bias is None else mean - bias) * gain
     offset = params.pop((*path, "bias"), 0)
+    if norm.behind is None:
+        params[(*path, "scale")], params[(*path, "bias")] = gain, offset - mean * gain
+        return
+    kernel, bias = params[(*norm.behind, "kernel")], params.get((*norm.behind, "bias"))
+    kernel, bias = merged(kernel, bias, mean, gain, offset, layers[norm.behind].dtype)
+    params[(*norm.behind, "kernel")], params[(*norm.behind, "bias")] = kernel, bias
+
+
+def merged(
+    kernel: jax.Array, bias: jax.Array | None, mean: Any, gain: Any, offset: Any, dtype: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return kernel and bias of a layer with the norm behind it, `(y - mean) * gain + offset`.
+
+    Args:
+      kernel: [..., features]; it stays in its dtype, but is rounded to `dtype`, in which the layer computes.
+      bias: [features] or None.
+      mean, gain, offset: [features]; `offset` may be 0.
+      dtype: default that of the kernel.
+    """
     folded = kernel * gain.reshape((1,) * (kernel.ndim - 1) + (-1,))
-    params[(*norm.behind, "kernel")] = folded.astype(dtype or kernel.dtype).astype(kernel.dtype)
-    params[(*norm.behind, "bias")] = (offset - shift).astype(kernel.dtype)
+    shift = (mean if bias is None else mean - bias) * gain
+    return folded.astype(dtype or kernel.dtype).astype(kernel.dtype), (offset - shift).astype(
+        kernel.dtype
+    )
 
 
 def _check_all_there(twin: Network, params: Leaves, stats: Leaves, x: Any) -> None:
@@ -165,11 +235,15 @@ def _check_all_there(twin: Network, params: Leaves, stats: Leaves, x: Any) -> No
 
 
 def plainly(run, args, kwargs, context):
-    """Run a layer that whitens as the plain one that its folded variables describe."""
+    """Run a layer as the plain one that its folded variables describe."""
     module = context.module
-    if context.method_name != "__call__" or not isinstance(module, DeconvConv | DeconvDense):
+    if context.method_name != "__call__" or not isinstance(module, (*WHITENED, nn.BatchNorm)):
         return run(*args, **kwargs)
     x = args[0] if args else kwargs["x"]
+    if isinstance(module, nn.BatchNorm):
+        if module.has_variable("batch_stats", "mean"):
+            return run(*args, **kwargs)
+        return _affine(module, x)
     kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
     promoted, *_ = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
     kernel = kernel.astype(promoted.dtype)
@@ -177,21 +251,35 @@ def plainly(run, args, kwargs, context):
         return plain_dense(
             x, kernel, bias, precision=module.precision, dot_general=module.dot_general
         )
+    geometry: Any = geometry_of(module)
+    if isinstance(geometry, ops.Transposed):
+        return plain_conv_transpose(
+            x,
+            kernel,
+            bias,
+            geometry=geometry,
+            precision=module.precision,
+            preferred_element_type=module.preferred_element_type,
+        )
     return plain_conv(
         x,
         kernel,
         bias,
-        geometry=ops.window(
-            module.kernel_size,
-            module.strides,
-            module.padding,
-            module.input_dilation,
-            module.kernel_dilation,
-        ),
+        geometry=geometry,
         feature_group_count=module.feature_group_count,
         precision=module.precision,
         conv_general_dilated=module.conv_general_dilated,
     )
+
+
+def _affine(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
+    """What is left of a batch norm: a scale and a bias, applied in their precision, or nothing."""
+    if not module.has_variable("params", "scale"):
+        return x
+    scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    dtype = module.dtype or jnp.promote_types(x.dtype, scale.dtype)
+    return (x.astype(scale.dtype) * scale.reshape(shape) + bias.reshape(shape)).astype(dtype)
 
 
 def _leaves(tree: Tree) -> Leaves:

@@ -16,6 +16,10 @@ So k microbatches that are passed with `mutable=["moments"]`, each on top of the
 moments make one step of the running statistics, that of the whole batch. The output of the last pass has no
 use: under `jit` it costs nothing, only the roots are left. `interop.accumulate` does all that.
 Where a freeze schedule uses the running statistics no moments are taken: the count stays what it was.
+
+Asked for with `mutable=["diagnostics"]`, a training pass also sows what whitening had to do:
+`effective_rank`, `under_ridge`, `whitener_norm`, `rows_per_dim` and `nonfinite`, see `whitening.diagnostics`.
+Who does not ask pays nothing.
 """
 
 import dataclasses
@@ -31,6 +35,7 @@ from netdeconv_jax import ops
 from netdeconv_jax.ops.grouping import check_count
 from netdeconv_jax.whitening.channel import ChannelRunning, channel_block, channel_deconv
 from netdeconv_jax.whitening.conv import conv_groups, deconv_conv, deconv_dense, dense_groups
+from netdeconv_jax.whitening.diagnostics import diagnostics
 from netdeconv_jax.whitening.layer import (
     check_channel_mean,
     check_input,
@@ -99,7 +104,7 @@ class _Whitened(nn.Module):
         """
 
         def store(moments: ops.Moments | None) -> None:
-            if moments is not None:
+            if moments is not None and self.is_mutable_collection("moments"):
                 for field in dataclasses.fields(moments):
                     value = getattr(moments, field.name)
                     self.put_variable("moments", prefix + field.name, value)
@@ -115,9 +120,30 @@ class _Whitened(nn.Module):
                     f"`moments` hold a {prefix}mean of shape {have.mean.shape}, this layer needs {shape}: "
                     "they come from another layer or other settings."
                 )
-        if not self.is_mutable_collection("moments"):
+        if not self.is_mutable_collection("moments") and (
+            have is not None or not self._diagnosed(evaluating)
+        ):
             return have, None, store
         return None, ops.Moments.none(shape, self._stats_dtype) if have is None else have, store
+
+    @nn.nowrap
+    def _diagnosed(self, evaluating: bool) -> bool:
+        """Whether somebody asks for diagnostics."""
+        return not (evaluating or self.is_initializing()) and self.is_mutable_collection(
+            "diagnostics"
+        )
+
+    @nn.nowrap
+    def _sow_diagnostics(
+        self, moments: ops.Moments | None, running: Running, evaluating: bool
+    ) -> None:
+        """Sow figures of `moments`, given in place of the batch's, or else of those that were collected."""
+        if not self._diagnosed(evaluating):
+            return
+        moments = running.moments if moments is None else moments
+        assert moments is not None
+        for name, value in diagnostics(moments, running.whitener, self.resolved_spec()).items():
+            self.sow("diagnostics", name, value)
 
     @nn.nowrap
     def _stores_running(self, evaluating: bool) -> bool:
@@ -181,6 +207,7 @@ class _Deconvolved(_Whitened):
 
         def store(running: Running) -> None:
             keep(running.moments)
+            self._sow_diagnostics(given, running, evaluating)
             if not self._stores_running(evaluating):
                 return
             mean.value, whitener.value = running.mean, running.whitener
@@ -601,6 +628,7 @@ class ChannelDeconv(_Whitened):
             dtype=self.dtype or jnp.promote_types(x.dtype, self.param_dtype),
         )
         keep(running.whitened.moments)
+        self._sow_diagnostics(given, running.whitened, use_running_average)
         if keep_rest is not None:
             keep_rest(running.rest_moments)
         if self._stores_running(use_running_average):

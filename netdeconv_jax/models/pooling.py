@@ -1,7 +1,5 @@
 """Pooling, NHWC. `MaxPool` and `AvgPool` are modules so that a table of layers can show them."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -30,8 +28,11 @@ class MaxPool(nn.Module):
             batch, height, width, channels = x.shape
             shape = (batch, height // strides, strides, width // strides, strides, channels)
             return x.reshape(shape).max((2, 4))
-        padding: Any = ((self.padding,) * 2,) * 2
-        return nn.max_pool(x, (self.window,) * 2, (strides,) * 2, padding)
+        if self.padding:
+            # XLA makes one operation of both; exporters know no padding of a pool, nor a pool by position.
+            pad = [(0, 0), *[(self.padding,) * 2] * 2, (0, 0)]
+            x = jnp.pad(x, pad, constant_values=-jnp.inf)
+        return nn.max_pool(x, window_shape=(self.window,) * 2, strides=(strides,) * 2)
 
 
 class AvgPool(nn.Module):
@@ -46,7 +47,7 @@ class AvgPool(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Pool x [batch, height, width, channels]."""
-        return nn.avg_pool(x, (self.window,) * 2, (self.window,) * 2)
+        return nn.avg_pool(x, window_shape=(self.window,) * 2, strides=(self.window,) * 2)
 
 
 def global_average(x: jax.Array, *, keepdims: bool = False) -> jax.Array:
@@ -83,4 +84,4 @@ def channels_first(x: jax.Array) -> jax.Array:
 
     A block of neighbours that is whitened together is then pixels of few channels, as in the original.
     """
-    return jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
+    return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)

@@ -10,6 +10,7 @@ Microbatches (the collection `moments` of the Linen layers) have no counterpart 
 says which kinds of variables it may change. The file is long because every argument stands in a signature.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from netdeconv_jax import ops
 from netdeconv_jax.ops.grouping import check_count
 from netdeconv_jax.whitening.channel import ChannelRunning, channel_block, channel_deconv
 from netdeconv_jax.whitening.conv import conv_groups, deconv_conv, deconv_dense, dense_groups
+from netdeconv_jax.whitening.diagnostics import diagnostics
 from netdeconv_jax.whitening.layer import (
     check_input,
     check_kernel,
@@ -43,6 +45,7 @@ __all__ = [
     "DeconvConvTranspose",
     "DeconvDense",
     "DeconvLinear",
+    "WhiteningDiagnostic",
     "WhiteningStat",
 ]
 
@@ -62,6 +65,26 @@ class WhiteningStat(nnx.BatchStat):
       >>> layer = dnnx.DeconvDense(3, 4, rngs=nnx.Rngs(0))
       >>> sorted(nnx.state(layer, dnnx.WhiteningStat))
       ['mean', 'whitener']
+    """
+
+
+class WhiteningDiagnostic(nnx.Intermediate):
+    """A figure of what whitening had to do in a training call; computed where `nnx.capture` asks for it.
+
+    `effective_rank`, `under_ridge`, `whitener_norm`, `rows_per_dim` and `nonfinite`: see
+    `netdeconv_jax.whitening.diagnostics`. Each is a tuple with a value of every call of the layer.
+
+    Source: ours.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax import nnx as dnnx
+      >>> layer = dnnx.DeconvDense(3, 4, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (30, 3))
+      >>> y, figures = nnx.capture(layer, dnnx.WhiteningDiagnostic)(x)
+      >>> [figures[name][0].item() for name in ("rows_per_dim", "nonfinite")]
+      [10.0, False]
     """
 
 
@@ -89,6 +112,19 @@ class _Whitened(nnx.Module):
 
     def _wanted(self, argument: bool | None) -> bool:
         return running_average_wanted(self.use_running_average, argument, overrides=True)
+
+    def _collected(self, running: Running, evaluating: bool) -> Running:
+        """Return `running`, ready to collect the batch's moments where somebody asks for diagnostics."""
+        captures = getattr(self, "__captures__", ())
+        if evaluating or not any(type(kind) is WhiteningDiagnostic for kind in captures):
+            return running
+        moments = ops.Moments.none(running.mean.shape, running.mean.dtype)
+        return dataclasses.replace(running, moments=moments)
+
+    def _sow_diagnostics(self, running: Running) -> None:
+        if running.moments is not None:
+            for name, value in diagnostics(running.moments, running.whitener, self.spec).items():
+                self.sow(WhiteningDiagnostic, name, value)
 
     @property
     def _reduction(self) -> Reduction:
@@ -127,7 +163,9 @@ class _Deconvolved(_Whitened):
     def _mean_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
-    def _arrays(self, channels: int, axis: int = -2) -> tuple[jax.Array, jax.Array | None, Running]:
+    def _arrays(
+        self, channels: int, evaluating: bool, axis: int = -2
+    ) -> tuple[jax.Array, jax.Array | None, Running]:
         """Return kernel, bias and running statistics, once they are known to fit the input."""
         kernel = self.kernel[...]
         check_kernel(kernel.shape, channels, axis=axis)
@@ -135,9 +173,11 @@ class _Deconvolved(_Whitened):
         check_mean(mean.shape, self._mean_shape)
         step = None if self.step is None else self.step[...]
         bias = None if self.bias is None else self.bias[...]
-        return kernel, bias, Running(mean, self.whitener[...], step)
+        running = Running(mean, self.whitener[...], step)
+        return kernel, bias, self._collected(running, evaluating)
 
     def _store(self, running: Running) -> None:
+        self._sow_diagnostics(running)
         _assign(self.mean, running.mean)
         _assign(self.whitener, running.whitener)
         if self.step is not None:
@@ -289,7 +329,9 @@ class DeconvConv(_Deconvolved):
         """
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=self.geometry.ndim + 1)
-        kernel, bias, running = self._arrays(x.shape[-1] // self.feature_group_count)
+        kernel, bias, running = self._arrays(
+            x.shape[-1] // self.feature_group_count, use_running_average
+        )
         promoted, *_ = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
         y, running = deconv_conv(
             x,
@@ -443,7 +485,7 @@ class DeconvConvTranspose(_Deconvolved):
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=self.geometry.ndim + 1)
         axis = -1 if self.geometry.transpose_kernel else -2
-        kernel, bias, running = self._arrays(x.shape[-1], axis)
+        kernel, bias, running = self._arrays(x.shape[-1], use_running_average, axis)
         promoted, *_ = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
         y, running = deconv_conv_transpose(
             x,
@@ -583,7 +625,7 @@ class DeconvDense(_Deconvolved):
         """
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=1)
-        kernel, bias, running = self._arrays(x.shape[-1])
+        kernel, bias, running = self._arrays(x.shape[-1], use_running_average)
         promoted, *_ = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
         y, running = deconv_dense(
             x,
@@ -705,10 +747,11 @@ class ChannelDeconv(_Whitened):
                 f"`x` has {x.shape[-1]} channels, but this layer was made for `num_features` "
                 f"{self.num_features}."
             )
+        whitened = Running(self.mean[...], self.whitener[...], self.step[...])
         y, running = channel_deconv(
             x,
             ChannelRunning(
-                Running(self.mean[...], self.whitener[...], self.step[...]),
+                self._collected(whitened, use_running_average),
                 self.rest_mean[...],
                 self.rest_var[...],
             ),
@@ -720,6 +763,7 @@ class ChannelDeconv(_Whitened):
             dtype=self.dtype or jnp.promote_types(x.dtype, self.param_dtype),
         )
         if not use_running_average:
+            self._sow_diagnostics(running.whitened)
             _assign(self.mean, running.whitened.mean)
             _assign(self.whitener, running.whitened.whitener)
             _assign(self.step, running.whitened.step)

@@ -80,6 +80,13 @@ class Transposed:
         pads = tuple(zeros for _, zeros in self._per_axis(spatial))
         return Window(self.kernel_size, (1,) * self.ndim, pads, self.strides, self.kernel_dilation)
 
+    def remainder(self, first: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the output pixels of a phase, modulo the strides: the same whatever the input's size."""
+        per_axis = zip(
+            first, self.kernel_dilation, self.strides, self._per_axis((1,) * self.ndim), strict=True
+        )
+        return tuple((low - t * d) % s for t, d, s, (_, (low, _)) in per_axis)
+
     def phase(
         self, first: tuple[int, ...], wrapped: tuple[int, ...], full: Window
     ) -> tuple[tuple[int, ...], Window | None]:
@@ -93,26 +100,23 @@ class Transposed:
           The remainders, and the convolution of the wrapped input, None where no pixel is of the phase.
         """
         out = full.out_shape(wrapped, full.strides)
-        counts, steps = self.counts_of(first), self.tap_steps
-        remainders, dilations, pads = [], [], []
+        counts, steps, remainders = self.counts_of(first), self.tap_steps, self.remainder(first)
+        dilations, pads = [], []
         for axis, (t, d, s) in enumerate(
             zip(first, self.kernel_dilation, self.strides, strict=True)
         ):
             low = full.zero_padding(wrapped)[axis][0]
-            remainder = (low - t * d) % s
-            windows = len(range(remainder, out[axis], s))
-            start = (
-                remainder + t * d - low
-            ) // s  # the pixel under the first tap of the first window
+            windows = len(range(remainders[axis], out[axis], s))
+            # The pixel under the first tap of the first window.
+            start = (remainders[axis] + t * d - low) // s
             dilation = steps[axis] * d // s
             reach = start + windows - 1 + (counts[axis] - 1) * dilation
-            remainders.append(remainder)
             dilations.append(dilation)
             pads.append((-start, reach - wrapped[axis] + 1) if windows else None)
         if None in pads:
-            return tuple(remainders), None
+            return remainders, None
         ones = (1,) * self.ndim
-        return tuple(remainders), Window(counts, ones, tuple(pads), ones, tuple(dilations))
+        return remainders, Window(counts, ones, tuple(pads), ones, tuple(dilations))
 
     def join_kernels(self, kernels: Sequence[jax.Array]) -> jax.Array:
         """Return the kernel whose taps are those of the phases, in the order of `first_taps`."""

@@ -125,7 +125,7 @@ def _moments(x, grouped, rest, mask, spec, reduction, dtype) -> ChannelMoments:
     )
     step = _sampling_step(spatial, stride)
     if mask is not None:
-        mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(len(x), -1)
+        mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(x.shape[0], -1)
     whitened = _grouped_moments(grouped, mask, step, reduction, dtype)
     if not rest.shape[-1]:
         return whitened, None

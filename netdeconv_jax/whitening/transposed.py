@@ -1,7 +1,7 @@
 """The deconvolved transposed convolution: an output pixel's patch is whitened without the zeros between."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,9 +100,43 @@ def deconv_conv_transpose(
     mean, whitener, running = statistics(
         batch_moments, running, spec, use_running_average=use_running_average, moments=moments
     )
-    if geometry.transpose_kernel:
-        kernel = jnp.swapaxes(jnp.flip(kernel, range(geometry.ndim)), -1, -2)
-    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    kernel, bias = fold_transposed(
+        kernel,
+        bias,
+        mean,
+        whitener,
+        geometry=geometry,
+        spec=spec,
+        dtype=dtype or jnp.promote_types(x.dtype, kernel.dtype),
+    )
+    y = _convolve(
+        x, kernel, bias, geometry, full, precision, preferred_element_type, conv_general_dilated
+    )
+    return y.reshape(*batch_shape, *y.shape[1:]), running
+
+
+def fold_transposed(
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    mean: jax.Array,
+    whitener: jax.Array,
+    *,
+    geometry: ops.Transposed,
+    spec: WhiteningSpec,
+    dtype: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the kernel and biases of the plain transposed convolution that equals whitening and convolving.
+
+    Args:
+      kernel, bias, mean, whitener, geometry, spec: as in `deconv_conv_transpose`.
+      dtype: of the folded kernel; default that of `kernel`.
+    Returns:
+      A kernel of the same shape in `dtype`; and [*strides, features] in the dtype of the statistics, the bias
+      of an output pixel by its place modulo the strides.
+    """
+    channels = kernel.shape[-1 if geometry.transpose_kernel else -2]
+    groups = _groups(spec, channels, geometry)
+    kernel = _turned(kernel, geometry)
     kernels, biases = [], []
     for i, (first, g) in enumerate(zip(geometry.first_taps, groups, strict=True)):
         at = () if spec.whiten == "channels" else (i,)
@@ -116,17 +150,57 @@ def deconv_conv_transpose(
         )
         kernels.append(folded)
         biases.append(shifted)
+    # Where the strides exceed the kernel there are pixels that no tap reaches.
+    alone = jnp.zeros_like(biases[0]) if bias is None else bias.astype(biases[0].dtype)
+    which = np.full(geometry.strides, len(biases))
+    for i, first in enumerate(geometry.first_taps):
+        which[geometry.remainder(first)] = i
+    biases = jnp.stack([*biases, alone])[which]
+    return _turned(geometry.join_kernels(kernels), geometry), biases
+
+
+def plain_conv_transpose(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    geometry: ops.Transposed,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    conv_general_dilated: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """Convolve x [*batch, *spatial, channels] with what `fold_transposed` made of kernel and bias."""
+    batch_shape = x.shape[: -geometry.ndim - 1]
+    x = x.reshape(math.prod(batch_shape), *x.shape[len(batch_shape) :])
+    full = geometry.window(x.shape[1:-1])
+    x = geometry.wrap(x)
+    y = _convolve(
+        x, kernel, bias, geometry, full, precision, preferred_element_type, conv_general_dilated
+    )
+    return y.reshape(*batch_shape, *y.shape[1:])
+
+
+def _convolve(x, kernel, bias, geometry, full, *settings):
+    """The convolution of an input that is wrapped already, with a bias for each place modulo the strides."""
+    precision, preferred_element_type, conv_general_dilated = settings
     y = full.convolve(
-        x.astype(dtype),
-        geometry.join_kernels(kernels),
+        x.astype(kernel.dtype),
+        _turned(kernel, geometry),
         precision=precision,
         preferred_element_type=preferred_element_type,
         conv_general_dilated=conv_general_dilated,
     )
-    alone = jnp.zeros_like(biases[0]) if bias is None else bias.astype(biases[0].dtype)
-    shifts = _tiled([r for r, _ in phases], biases, alone, geometry.strides, y.shape[1:-1])
-    y = (y + shifts[None]).astype(y.dtype)
-    return y.reshape(*batch_shape, *y.shape[1:]), running
+    out = y.shape[1:-1]
+    repeats = [-(-n // s) for n, s in zip(out, geometry.strides, strict=True)]
+    bias = jnp.tile(bias, (*repeats, 1))[tuple(slice(n) for n in out)]
+    return (y + bias[None]).astype(y.dtype)
+
+
+def _turned(kernel: jax.Array, geometry: ops.Transposed) -> jax.Array:
+    """The kernel as it is laid over the input, or from there as the layer keeps it: the same turn."""
+    if not geometry.transpose_kernel:
+        return kernel
+    return jnp.swapaxes(jnp.flip(kernel, range(geometry.ndim)), -1, -2)
 
 
 def _groups(spec: WhiteningSpec, channels: int, geometry: ops.Transposed) -> list[ops.ColumnGroups]:
@@ -146,19 +220,3 @@ def _widened(moments: ops.Moments, width: int) -> ops.Moments:
         jnp.pad(moments.mean, [*lead, more]),
         jnp.pad(moments.cov, [*lead, more, more]),
     )
-
-
-def _tiled(
-    remainders: Sequence[tuple[int, ...]],
-    biases: Sequence[jax.Array],
-    alone: jax.Array,
-    strides: tuple[int, ...],
-    out: tuple[int, ...],
-) -> jax.Array:
-    """The bias of every output pixel [*out, features]: that of its phase, `alone` where it has no taps."""
-    which = np.full(strides, len(biases))
-    for i, remainder in enumerate(remainders):
-        which[remainder] = i
-    pattern = jnp.stack([*biases, alone])[which]
-    repeats = [-(-n // s) for n, s in zip(out, strides, strict=True)]
-    return jnp.tile(pattern, (*repeats, 1))[tuple(slice(n) for n in out)]

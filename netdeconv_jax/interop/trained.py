@@ -1,0 +1,85 @@
+"""A network of the zoo with its weights, from the one file that the trainer leaves."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from netdeconv_jax import models
+from netdeconv_jax.interop.weights import load_weights
+from netdeconv_jax.whitening import WhiteningSpec
+
+_NEEDED = ("network", "norm", "num_classes")
+
+
+def load_model(
+    path: str | os.PathLike,
+) -> tuple[models.Network, dict[str, Any], dict[str, Any]]:
+    """Return the network of a `model.safetensors`, its variables and the file's metadata.
+
+    The metadata say which network it is: `network`, `norm` and `num_classes`; where they hold the trainer's
+    `config`, its width, layout, dtype and whitening are those of the network too. So a file of your own is
+    `save_weights(path, variables, {"network": "resnet18", "norm": "deconv", "num_classes": "10"})`.
+
+    Args:
+      path: of the file.
+    Returns:
+      The model, its variables as NumPy arrays, and the metadata, `config` as a dict of values by dotted name.
+    Raises:
+      FileNotFoundError: there is no file at `path`.
+      ValueError: it is not a safetensors file, or its metadata do not say which network it is.
+      ImportError: the package safetensors is missing.
+
+    Source: ours.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp
+      >>> from netdeconv_jax import models
+      >>> from netdeconv_jax.interop import load_model, save_weights
+      >>> model, x = models.create("lenet", norm="none"), jnp.ones((1, 8, 8, 1))
+      >>> metadata = {"network": "lenet", "norm": "none", "num_classes": "10"}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_weights(folder + "/model.safetensors", model.init(jax.random.key(0), x), metadata)
+      ...     again, variables, _ = load_model(folder + "/model.safetensors")
+      >>> again == model, again.apply(variables, x).shape
+      (True, (1, 10))
+    """
+    variables, metadata = load_weights(path)
+    config = metadata.get("config", {})
+    if isinstance(config, str):
+        try:
+            config = json.loads(config)
+        except ValueError:
+            config = None
+    if missing := [name for name in _NEEDED if name not in metadata]:
+        raise ValueError(
+            f"`path` must be a file whose metadata say {', '.join(_NEEDED)}, as the trainer's do; "
+            f"{os.fspath(path)!r} does not say {', '.join(missing)}."
+        )
+    if not isinstance(config, Mapping) or not str(metadata["num_classes"]).isdecimal():
+        raise ValueError(
+            f"`path` {os.fspath(path)!r} has metadata that cannot be read: `num_classes` must be a number, "
+            f"got {metadata['num_classes']!r}, and `config` JSON."
+        )
+    return _network(metadata, config), variables, {**metadata, "config": dict(config)}
+
+
+def _network(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> models.Network:
+    """The network that the trainer makes of this config."""
+    prefix = "whitening."
+    settings = {
+        name.removeprefix(prefix): value
+        for name, value in config.items()
+        if name.startswith(prefix) and name != f"{prefix}preset" and value is not None
+    }
+    fast = config.get(f"{prefix}preset") == "fast"
+    dtype = config.get("dtype", "float32")
+    return models.create(
+        metadata["network"],
+        metadata["norm"],
+        int(metadata["num_classes"]),
+        (WhiteningSpec.fast() if fast else WhiteningSpec()).replace(**settings),
+        config.get("model.layout", "full"),
+        width=config.get("model.width", 1.0),
+        dtype=None if dtype == "float32" else dtype,
+    )
