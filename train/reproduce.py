@@ -7,12 +7,12 @@ r"""The paper, reproduced: every figure and table, one command each.
   python -m train.reproduce report
 
 NAME is an experiment, or one of its cells as experiment/cell; * and ? stand for anything. What is recorded
-already is left out; what was stopped is resumed; small cells come first. A budget takes the cells that fit and
-hands what does not to the next command. `report` makes docs/reproduction.md and its pictures from the
-records alone.
+already is left out; what was stopped is resumed; small cells come first. A budget takes the cells that fit
+and hands what does not to the next command. `report` makes docs/reproduction.md and its pictures from
+the records alone.
 
-Exit status: 0; 143 and 130 after SIGTERM and Ctrl-C, with everything on disk: run the same command again; 1 for
-data that cannot be read; 2 for a mistake in the command.
+Exit status: 0; 143 and 130 after SIGTERM and Ctrl-C, with everything on disk: run the same command again; 1
+for data that cannot be read; 2 for a mistake in the command.
 """
 
 import argparse

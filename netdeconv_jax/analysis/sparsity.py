@@ -8,7 +8,7 @@ import numpy as np
 def kurtosis(x: Any) -> float:
     """Return the excess kurtosis of all values: E (x - mu)^4 / sigma^4 - 3.
 
-    0 for a normal distribution, 3 for a Laplace one; the sharper the peak and the heavier the tails, the more.
+    0 for a normal distribution, 3 for a Laplace one; the heavier the tails, the more.
 
     Args:
       x: array of any shape whose values are not all equal.

@@ -1,6 +1,7 @@
 """Images to measure: the datasets, and one photo that may be shown."""
 
 import base64
+import itertools
 import zlib
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from train.data.sources import Dataset, Examples, load_dataset
 
+MOST = 2000  # photos
 PHOTO = "china.jpg, by danielbuechele, CC BY 2.0, from scikit-learn"
 
 
@@ -21,9 +23,8 @@ def load_images(name: str, data_dir: str) -> Dataset:
         return load_dataset(name, data_dir)
     from train.data.streamed import DEVIATION, MEAN, Streamed
 
-    settings: dict[str, Any] = {"batch_size": 1, "eval_batch_size": 20}
-    photos = Streamed(name, data_dir, test_split="train[:2000]", **settings)
-    feeds = list(photos.test_feeds())
+    photos = Streamed(name, data_dir, batch_size=1, eval_batch_size=20, test_split="train")
+    feeds = list(itertools.islice(photos.test_feeds(), MOST // 20))
     photos.close()
     images, labels, weights = (
         np.concatenate([np.asarray(feed[key]) for feed in feeds])

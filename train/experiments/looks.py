@@ -27,6 +27,10 @@ def _figures(results: Results) -> dict[str, Any]:
     return {name: runs[0]["figures"] for name, runs in results.items()}
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 # ---- Figure 2
 
 
@@ -40,7 +44,7 @@ def _judge_covariance(results: Results) -> list[Verdict]:
         return [Verdict(claim, "not run") for claim in claims]
     before = [states["before"] for states in found.values()]
     holds = [s["pixels"] > s["across"] for s in before]
-    names = " | ".join(DATASETS[name] for name in found)
+    names = ", ".join(DATASETS[name] for name in found)
     five = [s["5 iterations"] for s in found.values()]
     far = max(s["correlation"] for s in five)
     return [
@@ -48,24 +52,24 @@ def _judge_covariance(results: Results) -> list[Verdict]:
             claims[0],
             "yes" if all(holds) else "in part" if any(holds) else "no",
             "a picture",
-            " | ".join(f"{s['pixels']:.2f} against {s['across']:.2f}" for s in before),
+            ", ".join(f"{s['pixels']:.2f} against {s['across']:.2f}" for s in before),
             "",
-            f"{len(found)} datasets",
-            f"Mean absolute correlation within the diagonal blocks and in the others ({names}). Two channels of the "
-            f"same pixel correlate by {bars([s['channels'] for s in before], '{:.2f}')}.",
+            _count(len(found), "dataset"),
+            f"Mean absolute correlation within the diagonal blocks and in the others ({names}). Two channels "
+            f"of one pixel correlate by {bars([s['channels'] for s in before], '{:.2f}')}.",
         ),
         Verdict(
             claims[1],
             "yes" if far < 0.02 else "in part",
             "a picture",
-            " | ".join(
+            ", ".join(
                 f"{a['correlation']:.2f} to {b['correlation']:.3f}"
                 for a, b in zip(before, five, strict=True)
             ),
             "",
-            f"{len(found)} datasets",
-            "Mean absolute correlation before and after five iterations. They shrink the condition of the covariance "
-            f"from {bars([s['condition'] for s in before], '{:.0f}')} to "
+            _count(len(found), "dataset"),
+            "Mean absolute correlation before and after five iterations. They shrink the covariance's "
+            f"condition from {bars([s['condition'] for s in before], '{:.0f}')} to "
             f"{bars([s['condition'] for s in five], '{:.0f}')}; the exact root takes it to 1.",
         ),
     ]
@@ -132,11 +136,11 @@ def _judge_sparsity(results: Results) -> list[Verdict]:
             claim,
             "yes" if all(holds) else "in part" if any(holds) else "no",
             "a picture",
-            " | ".join(f"{b['kurtosis']:.1f} to {a['kurtosis']:.1f}" for b, a in pairs),
+            ", ".join(f"{b['kurtosis']:.1f} to {a['kurtosis']:.1f}" for b, a in pairs),
             "",
-            f"{len(found)} sets",
-            f"Excess kurtosis of centred and of deconvolved pixels ({' | '.join(names[n] for n in found)}); Hoyer's "
-            f"sparseness {bars([b['hoyer'] for b, _ in pairs], '{:.2f}')} to "
+            _count(len(found), "set"),
+            f"Excess kurtosis of centred and of deconvolved pixels ({', '.join(names[n] for n in found)}); "
+            f"Hoyer's sparseness {bars([b['hoyer'] for b, _ in pairs], '{:.2f}')} to "
             f"{bars([a['hoyer'] for _, a in pairs], '{:.2f}')}.",
         )
     ]
@@ -201,6 +205,7 @@ def _judge_features(results: Results) -> list[Verdict]:
         sharper = sum(
             layer["deconvolved"]["kurtosis"] > layer["input"]["kurtosis"] for layer in hidden
         )
+        centred = sum(layer["deconvolved"]["hoyer"] > layer["centred"]["hoyer"] for layer in hidden)
         total = len(hidden)
         verdicts.append(
             Verdict(
@@ -210,9 +215,8 @@ def _judge_features(results: Results) -> list[Verdict]:
                 f"{sharper} of {total} layers by kurtosis, {up} by Hoyer",
                 "",
                 "1",
-                "Against the output of the ReLU itself, which is full of exact zeros; against the centred one Hoyer's "
-                f"sparseness rises in {sum(layer['deconvolved']['hoyer'] > layer['centred']['hoyer'] for layer in hidden)} "
-                f"of {total}.",
+                "Against the output of the ReLU itself, which is full of exact zeros; against the centred "
+                f"one Hoyer's sparseness rises in {centred} of {total}.",
             )
         )
         filters = one["filters"]
@@ -227,9 +231,9 @@ def _judge_features(results: Results) -> list[Verdict]:
                 f"{applied['share']:.0%} of filters",
                 "",
                 "1",
-                f"Batch norm's filters {batch['share']:.0%}, D w before training {start['share']:.0%}, chance "
-                f"{CHANCE:.0%} (in brightness: centre the largest weight, surround of the other sign). The rows of D "
-                f"itself: {one['whitener']['share']:.0%}.",
+                f"Batch norm's filters {batch['share']:.0%}, D w before training {start['share']:.0%}, "
+                f"chance {CHANCE:.0%} (in brightness: centre the largest weight, surround of the "
+                f"other sign). Rows of D itself: {one['whitener']['share']:.0%}.",
             )
         )
     return verdicts
@@ -240,7 +244,8 @@ def _tell_features(results: Results, draw: Any) -> list[str]:
     for network, one in _figures(results).items():
         accuracy = {norm: f"{100 * value:.1f}%" for norm, value in one["test_accuracy"].items()}
         lines += [
-            f"`{network}`, trained on CIFAR-10: batch norm {accuracy['batch']}, deconvolution {accuracy['deconv']}.",
+            f"`{network}`, trained on CIFAR-10: batch norm {accuracy['batch']}, deconvolution "
+            f"{accuracy['deconv']}.",
             "",
         ]
         pictures = {k: images.unpack(v) for k, v in one["pictures"].items()}
@@ -320,10 +325,10 @@ def _judge_rows(results: Results) -> list[Verdict]:
             "in words",
             f"{share:.0%} of rows",
             "",
-            f"{len(found)} datasets",
+            _count(len(found), "dataset"),
             "The surround cancels "
-            + " | ".join(f"{b:.0%}" for b in balances)
-            + f" of the centre ({' | '.join(DATASETS[n] for n in found)}; 5x5, five iterations, median).",
+            + ", ".join(f"{b:.0%}" for b in balances)
+            + f" of the centre ({', '.join(DATASETS[n] for n in found)}; 5x5, five iterations, median).",
         )
     ]
 

@@ -63,9 +63,9 @@ def measure(
 def _largest_rates(x: np.ndarray, data: Dataset) -> dict[str, float]:
     """Return from which rate on plain gradient descent diverges, by the scale of pixels and loss.
 
-    It is 2 / (the largest eigenvalue of the Hessian), which here is E x x' with a 1 behind each x for the bias.
-    "mean squared error" has pixels from 0 to 1 and the mean over the outputs of the squared distance, not half
-    of its sum: what a user of PyTorch has who changes nothing.
+    It is 2 / (the largest eigenvalue of the Hessian), which is E x x' with a 1 behind each x for the bias.
+    "mean squared error" has pixels from 0 to 1 and the mean over the outputs of the squared distance, not
+    half of its sum: what a user of PyTorch has who changes nothing.
     """
     pixels = (x * data.deviation[0] + data.mean[0]) / 255
     return {

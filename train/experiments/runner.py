@@ -16,9 +16,9 @@ import jax
 from train import config as configs
 from train import loop, metrics
 from train.data.resident import Resident
-from train.experiments.images import load_images
 from train.experiments import results
 from train.experiments.cell import Result, Run
+from train.experiments.images import load_images
 from train.experiments.watch import Watch
 from train.stopping import Stop, Stopped
 

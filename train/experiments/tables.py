@@ -20,7 +20,7 @@ def mean_range(values: Sequence[float], form: str) -> str:
 
 def bars(values: Sequence[float], form: str) -> str:
     """Return several figures beside each other."""
-    return " | ".join(form.format(value) for value in values)
+    return ", ".join(form.format(value) for value in values)
 
 
 def mean(values: Sequence[float]) -> float:
