@@ -8,8 +8,9 @@ first epoch and falls in a cosine, Nesterov momentum, the network that is evalua
 weights over the last steps, with statistics taken anew for it, and channels are whitened in blocks of 16.
 No test-time augmentation.
 
-Hardware: one GPU. Time and accuracy: docs/reproduction.md has what was measured. Public marks: 94% after
-7.6 to 8 epochs with a whitened stem, batch norm and test-time flips; 90.6% for the same without batch norm.
+Hardware: one GPU. Time: not measured yet. Expected accuracy: 94%; docs/reproduction.md has what was reached.
+Public marks: 94% after 7.6 to 8 epochs with a whitened stem, batch norm and test-time flips; 90.6% for the
+same without batch norm.
 """
 
 from configs import cifar10

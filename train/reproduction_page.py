@@ -1,5 +1,6 @@
 """`docs/reproduction.md`, from the records alone: verdicts first, those that do not hold on top."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _verdicts(verdicts: list[Verdict]) -> list[str]:
         (v for v in verdicts if v.holds != "not run"), key=lambda v: ORDER.index(v.holds)
     )
     counts = [
-        f"{sum(v.holds == kind for v in shown)} {MARKS[kind].strip('*')}" for kind in ORDER[:-1]
+        f"{MARKS[kind].strip('*')} {sum(v.holds == kind for v in shown)}" for kind in ORDER[:-1]
     ]
     heads = ["claim", "", "published", "ours", "difference", "seeds"]
     rows = [[v.claim, MARKS[v.holds], v.published, v.ours, v.difference, v.seeds] for v in shown]
@@ -106,7 +107,7 @@ def _state(experiment: Experiment, found: Results) -> str:
     versions = {r["environment"]["jax"] for r in records}
     dates = {r["environment"]["date"] for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
-    cost = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    cost = f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
     return (
         f"{len(records)} of {len(experiment.runs())} runs, {cost} on {' and '.join(sorted(devices))}, "
         f"jax {', '.join(sorted(versions))}, {max(dates)}."

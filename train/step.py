@@ -161,7 +161,7 @@ class Steps:
         return jax.tree.map(mean, tree)
 
 
-def _losses(kind: str, logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+def _losses(kind: str, logits: jax.Array, labels: Any, smoothing: float) -> jax.Array:
     """Return the loss of every example; `kind` is `config.loss`."""
     if kind == "cross_entropy" and not smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)

@@ -54,24 +54,25 @@ def save_filters(
     Source: ours.
     """
     columns = max(len(filters) for filters in rows.values())
-    figure = Figure(figsize=(0.82 * columns + 1.9, 0.86 * len(rows) + 0.3), dpi=150)
+    height = 0.86 * len(rows) + 0.3
+    figure = Figure(figsize=(0.82 * columns + 1.9, height), dpi=150)
     left = 1.85 / figure.get_figwidth()
     grid = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(
         left=left,
         right=0.995,
-        top=0.99 if not titles else 0.9,
-        bottom=0.01,
+        top=1 - (0.28 if titles else 0.03) / height,
+        bottom=0.03 / height,
         wspace=0.08,
         hspace=0.12,
     )
-    for line, (label, filters) in zip(grid, rows.items(), strict=True):
+    for number, (line, (label, filters)) in enumerate(zip(grid, rows.items(), strict=True)):
         for axes in line:
             axes.set_axis_off()
         for i, (axes, one) in enumerate(zip(line, filters, strict=False)):
             most = np.abs(one).max() or 1.0
             axes.imshow(np.asarray(one), cmap="RdBu_r", vmin=-most, vmax=most)
-            if titles and line is grid[0] and i < len(titles):
+            if number == 0 and i < len(titles):
                 axes.set_title(titles[i], fontsize=8, color=INK)
         box = line[0].get_position()
         figure.text(

@@ -71,7 +71,8 @@ def fold(
       The model, and variables as nested dicts, without the statistics that were folded.
     Raises:
       ValueError: `x` is missing; a layer has no statistics or is stacked by `nn.scan`; a network of the zoo
-        has a batch norm that follows no convolution (pre-activation networks of `norm="batch"`).
+        has a batch norm that follows no convolution (pre-activation networks and `linear`, of
+        `norm="batch"`).
 
     Source: ours; Ye et al. 2020, section 3.4.
 

@@ -20,7 +20,6 @@ from flax import linen as nn
 
 from netdeconv_jax.linen import DeconvConv, DeconvDense
 from netdeconv_jax.models.initializers import PYTORCH, Initializers
-from netdeconv_jax.models.pooling import channels_first
 from netdeconv_jax.whitening import WhiteningSpec
 
 NORMS = ("batch", "channel", "deconv", "none")
@@ -171,9 +170,10 @@ class Units:
         That is all of a vector; but where only channels are whitened, the channels of each pixel, by one
         whitener for all pixels: of a grey image a single mean and variance.
         """
+        flat = x.reshape(x.shape[0], -1)
         if self.kind == "channel" and x.ndim > 2:
-            return x.reshape(x.shape[0], -1), {"block_size": x.shape[-1]}
-        return channels_first(x), {"block_size": WHOLE}
+            return flat, {"block_size": x.shape[-1]}
+        return flat, {"block_size": WHOLE}
 
     def in_full(self, **whitening: Any) -> dict[str, Any]:
         """Return `whitening` in the full layout, and nothing where the original code is reproduced."""

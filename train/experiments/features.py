@@ -57,7 +57,8 @@ def measure(
         trainer.compile()
         rows = list(trainer.run(seed, output))
         figures["test_accuracy"][norm] = rows[-1]["test_accuracy"]
-        start = trainer.init(seed).variables()
+        # The first layer's input is the data's: its whitener at the end is that at the start too.
+        start = {**output.variables, "params": trainer.init(seed).variables()["params"]}
         for when, variables in (("start", start), ("end", output.variables)):
             for name, kernel in _kernels(trainer.model, variables, norm).items():
                 figures["filters"][f"{name}, {when}"] = _filters(kernel)
@@ -86,6 +87,7 @@ def _filters(kernel: np.ndarray) -> dict[str, Any]:
     brightness = kernel.mean(2)
     found = analysis.centre_surround(brightness)
     return {
+        "count": brightness.shape[-1],
         "share": found.share,
         "balance": found.balance,
         "planes": rounded(np.moveaxis(brightness, -1, 0)[:12]),

@@ -209,10 +209,10 @@ def _judge_limit(results: Results) -> list[Verdict]:
             f"below {theirs:.2g}",
             "",
             str(len(best(results)["none"])),
-            "By the largest eigenvalue of the Hessian, with PyTorch's mean squared error on pixels from 0 to 1; "
-            "the paper does not say what it had. In our units, half the squared distance on standardized "
-            f"pixels, it is {ours:.2g}, and {_stable(results)['none']:g} is the largest of our sweep that did not "
-            "diverge.",
+            "By the largest eigenvalue of the Hessian, with PyTorch's mean squared error on pixels from 0 to "
+            "1; the paper does not say what it had. In our units, half the squared distance on standardized "
+            f"pixels, it is {ours:.2g}, and {_stable(results)['none']:g} is the largest of our sweep that "
+            "did not diverge.",
         )
     ]
 
@@ -229,7 +229,7 @@ def _judge_one_step(results: Results) -> list[Verdict]:
             "Section 3.3: one step at rate 1 solves least squares",
             "yes" if exact[1] < 1e-6 * exact[0] else "no",
             "exact",
-            f"{exact[1] / exact[0]:.0e} of the gap left",
+            f"{max(exact[1] / exact[0], 1e-15):.0e} of the gap left, or less",
             "",
             "1",
             "On the whole training set with the exact root. With the paper's five iterations the first step "
@@ -289,8 +289,8 @@ def _judge_mlp(results: Results) -> list[Verdict]:
             f"{gap:+.2f}",
             str(len(chosen["deconv"])),
             f"Test accuracy after {len(chosen['batch'][0]['epochs'])} epochs, each at its best rate; "
-            f"training loss of the last epoch {loss['deconv']:.3f} against {loss['batch']:.3f}, of iteration 20 "
-            f"{loss_at(chosen['deconv'], 20):.3f} against {loss_at(chosen['batch'], 20):.3f}.",
+            f"training loss of the last epoch {loss['deconv']:.3f} against {loss['batch']:.3f}, of iteration "
+            f"20 {loss_at(chosen['deconv'], 20):.3f} against {loss_at(chosen['batch'], 20):.3f}.",
         ),
         *_judge_pixels(last),
     ]

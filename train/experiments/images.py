@@ -40,7 +40,7 @@ def normalized(examples: Examples, data: Dataset, count: int) -> np.ndarray:
     return (images - np.asarray(data.mean, np.float32)) / np.asarray(data.deviation, np.float32)
 
 
-def photo(shrink: int = 2) -> np.ndarray:
+def photo(shrink: int = 3) -> np.ndarray:
     """Return the photo that may be shown, uint8 [height, width, 3], `shrink` times as small."""
     from sklearn.datasets import load_sample_image
 

@@ -141,8 +141,9 @@ def _groups(channels: int) -> ops.ColumnGroups:
 
 
 def _moments(x: np.ndarray) -> ops.Moments:
-    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-    return ops.patch_moments(jnp.asarray(x, dtype), WINDOW, _groups(x.shape[-1]))
+    x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+    columns = jnp.asarray(x, jnp.float64 if x64 else jnp.float32)
+    return ops.patch_moments(columns, WINDOW, _groups(x.shape[-1]))
 
 
 def _deconvolved(x: np.ndarray, mean: Any, root: np.ndarray) -> jax.Array:

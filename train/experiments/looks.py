@@ -228,7 +228,7 @@ def _judge_features(results: Results) -> list[Verdict]:
                 f"{claims[1]} ({network})",
                 "yes" if applied["share"] >= 0.5 else "in part" if stands_out else "no",
                 "in words",
-                f"{applied['share']:.0%} of filters",
+                f"{applied['share']:.0%} of {applied['count']} filters",
                 "",
                 "1",
                 f"Batch norm's filters {batch['share']:.0%}, D w before training {start['share']:.0%}, "
@@ -252,6 +252,7 @@ def _tell_features(results: Results, draw: Any) -> list[str]:
         title = f"Channels of the input of {one['layer']} and the same deconvolved, {network}"
         lines += [
             draw.images(f"figure9-{network}", pictures, title=title),
+            "",
             f"Photo: {one['photo']}.",
             "",
         ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def draw_dots(axes: Axes, rows: Sequence[Mapping[str, Any]], what: str) -> None:
     _plain(axes, grid="x")
 
 
-def _plain(axes: Axes, grid: str = "y") -> None:
+def _plain(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
     axes.grid(axis=grid, color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=INK, labelsize=8.5)

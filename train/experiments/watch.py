@@ -91,7 +91,9 @@ class Watch(Output):
         """See `Output`."""
         assert self._checkpoints is not None
         ours = {"rows": self.rows, "steps": self.steps, "seconds": self.total_seconds()}
-        self._checkpoints.save(step, state, meta | ours, row and row["test_accuracy"])
+        self._checkpoints.save(
+            step, state, meta | ours, None if row is None else row["test_accuracy"]
+        )
         self._saved = time.monotonic()
 
     def total_seconds(self) -> float:
