@@ -98,14 +98,8 @@ def _verdicts(verdicts: list[Verdict]) -> list[str]:
 def _state(experiment: Experiment, found: Results) -> str:
     """Return how much there is and what it was measured on."""
     records = [record for runs in found.values() for record in runs]
-    devices = {
-        r["environment"]["processor"]
-        if r["environment"]["platform"] == "cpu"
-        else r["environment"]["device"]
-        for r in records
-    }
-    versions = {r["environment"]["jax"] for r in records}
-    dates = {r["environment"]["date"] for r in records}
+    devices, dates = {r["device"] for r in records}, {r["date"] for r in records}
+    versions = {r["versions"]["jax"] for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
     cost = f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
     return (

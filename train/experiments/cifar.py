@@ -169,7 +169,7 @@ def _tell(
 
 
 def _cost(runs: Sequence[Result]) -> str:
-    devices = {run["environment"]["device"] for run in runs}
+    devices = {run["device"] for run in runs}
     seconds = statistics.median(run["seconds"] for run in runs)
     return f"{seconds:.0f} ({', '.join(sorted(devices))})"
 

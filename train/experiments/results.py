@@ -3,8 +3,9 @@
 experiment, cell, seed   what was run
 command                  runs exactly this again
 status                   "done", or "diverged" if the loss or the state became infinite
-seconds                  of wall clock, compilation included, pauses between sessions left out
-environment              date, device, processor, versions
+seconds                  wall time, compilation included, pauses between sessions left out
+device, processor        what it ran on; of a CPU both are one
+date, versions           of the day and the packages
 config                   every setting, by its dotted name; of a measurement its arguments
 epochs                   a row an epoch, as in metrics.jsonl
 steps                    of some cells: the loss of every step
@@ -53,9 +54,23 @@ def write(folder: Path, run: Run, content: Mapping[str, Any]) -> Path:
         "command": f"python -m train.reproduce {run.experiment}/{run.cell.name} --seed={run.seed} --again "
         "--data_dir=DIR",
     }
-    record = metrics.plain(head | dict(content) | {"environment": metrics.environment()})
+    record = metrics.plain(head | dict(content) | machine())
     metrics.replace(file, _json(record).encode())
     return file
+
+
+def machine() -> dict[str, Any]:
+    """Return what a record says of the machine."""
+    found = metrics.environment()
+    versions = {name: found[name] for name in ("python", *metrics.PACKAGES)}
+    on_cpu = found["platform"] == "cpu"
+    return {
+        "device": found["processor"] if on_cpu else found["device"],
+        "device_count": found["device_count"],
+        "processor": found["processor"],
+        "date": found["date"],
+        "versions": versions,
+    }
 
 
 def _json(record: Mapping[str, Any]) -> str:

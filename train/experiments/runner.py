@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from train import config as configs
-from train import loop, metrics
+from train import loop
 from train.data.resident import Resident
 from train.experiments import results
 from train.experiments.cell import Result, Run
@@ -46,13 +46,13 @@ class Runner:
         known: Iterable[Result] = (),
     ):
         self._folder, self._workdir, self._data_dir, self._say = folder, workdir, data_dir, say
-        device = metrics.environment()["device"], metrics.processor()
+        here = results.machine()["device"]
+        known = [r for r in known if r["device"] == here and r["status"] == "done"]
         self._times = [
             (f"{r['experiment']}/{r['cell']}", r["experiment"], r["seconds"], r["minutes"])
             for r in known
-            if (r["environment"]["device"], r["environment"]["processor"]) == device
-            and r["status"] == "done"
         ]
+        self._compiling = [s for r in known if (s := r.get("compile_seconds", 0.0))]
         self._trainer: tuple[str, loop.Trainer] | None = None
         self._load = functools.lru_cache(maxsize=2)(lambda name: load_images(name, data_dir))
 
@@ -60,7 +60,7 @@ class Runner:
         """Run those cells in turn, first those that fit into what is left; return how many are finished.
 
         When nothing that is left fits, the first one is begun and stopped with its state on disk, so that the
-        next call goes on with it.
+        next call goes on with it; but not if it would hardly be compiled by then.
 
         Args:
           runs: in order.
@@ -72,7 +72,10 @@ class Runner:
         with Stop() as stop:
             while waiting and (left := deadline - time.monotonic()) > LEAST:
                 fits = (run for run in waiting if (self.estimate(run) or 0.0) <= left)
-                run = next(fits, waiting[0])
+                run = next(fits, None)
+                if run is None and left < 2 * statistics.median(self._compiling or [0.0]):
+                    break
+                run = run or waiting[0]
                 waiting.remove(run)
                 try:
                     self._one(run, stop, deadline)
@@ -156,6 +159,7 @@ class Runner:
         self._trainer = None  # gives its memory free
         trainer = loop.Trainer(config, Resident(self._load(config.dataset), config))
         seconds = trainer.compile()
+        self._compiling.append(seconds)
         self._trainer = (text, trainer)
         return trainer, seconds
 
