@@ -134,6 +134,7 @@ class Runner:
             lambda line: self._say(f"{run}: {line}"),
         )
         done, status = False, "done"
+        self._say(f"{run} ...")
         try:
             trainer, compiling = self._compiled(text, config)
             for _ in trainer.run(run.seed, watch):
