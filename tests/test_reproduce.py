@@ -23,7 +23,7 @@ from train.experiments.cell import Cell, Run, choose
 from train.experiments.runner import Runner
 from train.reproduce import main
 from train.reproduction_page import write_page
-from train.step import _losses
+from train.step import example_losses
 from train.stopping import Stop, Stopped
 
 ROOT = Path(__file__).parents[1]
@@ -99,9 +99,9 @@ def test_a_name_that_no_cell_has_is_refused(name):
 
 def test_the_squared_loss_is_half_the_squared_distance_to_one_hot_targets():
     logits, labels = jnp.array([[1.0, 0.5], [0.0, 3.0]]), jnp.array([0, 0])
-    found = _losses("l2", logits, labels, smoothing=0.0)
+    found = example_losses("l2", logits, labels, smoothing=0.0)
     np.testing.assert_allclose(found, [0.125, 5.0])
-    np.testing.assert_allclose(_losses("l2", logits, labels, smoothing=1.0), [0.125, 3.25])
+    np.testing.assert_allclose(example_losses("l2", logits, labels, smoothing=1.0), [0.125, 3.25])
 
 
 def test_one_step_at_rate_one_with_the_exact_root_is_least_squares():

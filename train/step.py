@@ -122,7 +122,7 @@ class Steps:
         """Return sums over a batch: of the losses, of the correct answers, of the examples."""
         batch = self.data.test_batch(arrays, feed)
         logits = self.model.apply(variables, batch.images, train=False)
-        losses = _losses(self.config.loss, logits, batch.labels, smoothing=0.0)
+        losses = example_losses(self.config.loss, logits, batch.labels, smoothing=0.0)
         correct = logits.argmax(-1) == batch.labels
         # What weighs 0 may be anything, infinities included.
         counted = batch.weights > 0
@@ -135,9 +135,7 @@ class Steps:
             logits, updates = self.model.apply(
                 variables, batch.images, train=True, mutable=mutable, rngs={"dropout": key}
             )
-            smoothing = self.config.label_smoothing
-            losses = _losses(self.config.loss, logits, batch.labels, smoothing)
-            loss = (losses * batch.weights).mean()
+            loss = (self._losses(logits, batch.labels) * batch.weights).mean()
             accuracy = ((logits.argmax(-1) == batch.labels) * batch.weights).mean()
             return loss, (updates, accuracy)
 
@@ -148,6 +146,9 @@ class Steps:
             loss_fn, variables, (microbatches, jax.random.split(key, count))
         )
         return grads, batch_stats, loss, accuracy.mean()
+
+    def _losses(self, logits: jax.Array, labels: Any) -> jax.Array:
+        return example_losses(self.config.loss, logits, labels, self.config.label_smoothing)
 
     def _mean(self, tree: Any) -> Any:
         """Average over the devices what each of them computed of its part."""
@@ -161,7 +162,7 @@ class Steps:
         return jax.tree.map(mean, tree)
 
 
-def _losses(kind: str, logits: jax.Array, labels: Any, smoothing: float) -> jax.Array:
+def example_losses(kind: str, logits: jax.Array, labels: Any, smoothing: float) -> jax.Array:
     """Return the loss of every example; `kind` is `config.loss`."""
     if kind == "cross_entropy" and not smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
