@@ -30,7 +30,7 @@ NARROW = {
     "senet18": {"norm": "channel"},
     "resnet18_imagenet": {"layout": "original"},
 }
-PRE_ACTIVATION = ("preact_resnet", "senet", "densenet")
+NORM_FIRST = ("preact_resnet", "senet", "densenet", "linear")
 
 
 def images(size=32, dtype=jnp.float32):
@@ -118,7 +118,7 @@ EVERY = [
     for name in models.list()
     for norm in ("deconv", "channel", "batch")
     for layout in ("full", "original")
-    if not (norm == "batch" and name.startswith(PRE_ACTIVATION))
+    if not (norm == "batch" and name.startswith(NORM_FIRST))
 ]
 
 

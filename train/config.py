@@ -36,6 +36,7 @@ def default() -> Config:
     config.eval_batch_size = 512
     config.seed = 0
     config.dtype = "float32"  # of computation; parameters and statistics are float32 always
+    config.loss = "cross_entropy"  # or "l2": half the squared distance to one-hot targets
     config.label_smoothing = 0.0
     config.accumulate = 1  # microbatches a step
     config.ema = 0.0  # decay of the average of the weights that is evaluated; 0: the weights
@@ -52,6 +53,7 @@ def default() -> Config:
     config.whitening.preset = "paper"  # or "fast"
     for name, kind in _WHITENING.items():
         setattr(config.whitening, name, config_dict.placeholder(kind))
+    config.whitening.through_root = True  # False: no gradient flows through the whitener
 
     config.augment = ml_collections.ConfigDict()
     config.augment.crop = 0  # pixels of black border that a random crop may reach into
@@ -90,6 +92,7 @@ _WHITENING = {
     "grouping": str,
     "shared_whitener": bool,
     "method": str,
+    "ridge": float,  # of method "eigh", relative to the norm
 }
 
 
@@ -279,6 +282,7 @@ _MUST: dict[str, Rule] = {
     "eval_batch_size": _int_from(1),
     "seed": _int_from(0, 2**32 - 1),  # a larger one would be cut to 32 bits, and be another's
     "dtype": _one_of("float32", "bfloat16"),
+    "loss": _one_of("cross_entropy", "l2"),
     "label_smoothing": _SHARE,
     "accumulate": _int_from(1),
     "ema": _SHARE,
@@ -289,6 +293,7 @@ _MUST: dict[str, Rule] = {
     "model.width": _number("above 0", lambda v: v > 0),
     "model.layout": _one_of("full", "original"),
     "whitening.preset": _one_of("paper", "fast"),
+    "whitening.through_root": _BOOL,
     "augment.crop": _int_from(0),
     "augment.flip": _BOOL,
     "augment.image_size": _int_from(1),

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from netdeconv_jax import WhiteningSpec, models
+from netdeconv_jax import models
 from netdeconv_jax.interop import recalibrate
-from train import optimizer, parallel
+from train import optimizer, parallel, whitening
 from train.config import Config
 from train.data.input import Input
 from train.diagnostics import layer_diagnostics, nonfinite_layers
@@ -263,13 +263,11 @@ def create_model(config: Config, num_classes: int, axis_name: str | None) -> Any
     Raises:
       ValueError, TypeError: the zoo knows no such network or norm, or a setting of the whitening is bad.
     """
-    settings = {k: v for k, v in config.whitening.items() if k != "preset" and v is not None}
-    spec = WhiteningSpec.fast() if config.whitening.preset == "fast" else WhiteningSpec()
     return models.create(
         config.network,
         config.norm,
         num_classes,
-        spec.replace(**settings),
+        whitening.create(config.whitening),
         config.model.layout,
         width=config.model.width,
         dtype=None if config.dtype == "float32" else config.dtype,

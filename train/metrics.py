@@ -125,17 +125,17 @@ def _after(row: Mapping[str, Any], step: int) -> bool:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(row), allow_nan=False).encode() + b"\n"
+    return json.dumps(plain(row), allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return `value` as what JSON knows: NumPy's numbers as Python's, what is not finite as None."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
+        return {str(name): plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, (np.generic, np.ndarray)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

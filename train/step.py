@@ -45,7 +45,7 @@ class Steps:
       model: called as `model.apply(variables, images, train=..., mutable=...)`.
       optimizer, rate: see `train.optimizer.create`.
       data: what makes a batch of a feed.
-      config: `accumulate`, `ema` and `label_smoothing` are used.
+      config: `accumulate`, `ema`, `loss` and `label_smoothing` are used.
       axis: mapped axis that holds the parts of the batch, or None if the step sees all of it.
     """
 
@@ -122,7 +122,7 @@ class Steps:
         """Return sums over a batch: of the losses, of the correct answers, of the examples."""
         batch = self.data.test_batch(arrays, feed)
         logits = self.model.apply(variables, batch.images, train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        losses = example_losses(self.config.loss, logits, batch.labels, smoothing=0.0)
         correct = logits.argmax(-1) == batch.labels
         # What weighs 0 may be anything, infinities included.
         counted = batch.weights > 0
@@ -147,12 +147,8 @@ class Steps:
         )
         return grads, batch_stats, loss, accuracy.mean()
 
-    def _losses(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-        smoothing = self.config.label_smoothing
-        if not smoothing:
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-        return optax.softmax_cross_entropy(logits, targets)
+    def _losses(self, logits: jax.Array, labels: Any) -> jax.Array:
+        return example_losses(self.config.loss, logits, labels, self.config.label_smoothing)
 
     def _mean(self, tree: Any) -> Any:
         """Average over the devices what each of them computed of its part."""
@@ -164,6 +160,16 @@ class Steps:
             return lax.pmean(x, self.axis) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
         return jax.tree.map(mean, tree)
+
+
+def example_losses(kind: str, logits: jax.Array, labels: Any, smoothing: float) -> jax.Array:
+    """Return the loss of every example; `kind` is `config.loss`."""
+    if kind == "cross_entropy" and not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    if kind == "l2":
+        return 0.5 * jnp.square(logits - targets).sum(-1)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def _all_finite(tree: Any) -> jax.Array:

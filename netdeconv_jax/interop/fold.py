@@ -81,8 +81,8 @@ def fold(
     bias is formed, as in evaluation.
 
     A network of the zoo comes back as its twin of `norm="none"`, batch norms folded into the convolutions
-    before them. One with a batch norm that follows no convolution (a pre-activation network of
-    `norm="batch"`) has no such twin: the norm cannot pass the ReLU behind it, nor a sum that others read
+    before them. One with a batch norm that follows no convolution (a pre-activation network or `linear`,
+    of `norm="batch"`) has no such twin: the norm cannot pass the ReLU behind it, nor a sum that others read
     too, so that all its norms stay as a scale and a bias per channel, in a `FoldedModel`. Any other Linen
     module comes back as a `FoldedModel`, whose `apply` is that of the module; what it holds besides, batch
     norms and `ChannelDeconv` too, stays as it is.

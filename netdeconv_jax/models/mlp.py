@@ -6,14 +6,11 @@ import jax
 from flax import linen as nn
 
 from netdeconv_jax.models.network import Network
-from netdeconv_jax.models.pooling import channels_first
-from netdeconv_jax.models.units import Whitening
-
-WHOLE: Whitening = {"block_size": 1024}  # all of a 28x28 image together; gcd(512, 784) would be 16
+from netdeconv_jax.models.units import WHOLE
 
 
 class Linear(Network):
-    """One dense layer on all of the input.
+    """One dense layer on all of the input; a batch norm is one of the input, pixel by pixel.
 
     Source: Ye et al. 2020, figure 4 a and b.
     """
@@ -24,7 +21,9 @@ class Linear(Network):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return the logits of x [batch, ...]."""
         units = self.units(x, train)
-        return units.classifier(self.num_classes, name="linear", **WHOLE)(channels_first(x))
+        x, whitening = units.flattened(x)
+        x = units.norm(name="bn")(x)
+        return units.classifier(self.num_classes, name="linear", **whitening)(x)
 
 
 class MLP(Network):
@@ -39,8 +38,9 @@ class MLP(Network):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return the logits of x [batch, ...]."""
         units = self.units(x, train)
-        x = channels_first(x)
+        x, whitening = units.flattened(x)
         for i in (1, 2, 3):
-            x = units.dense(self.scaled(128), name=f"fc{i}", **WHOLE)(x)
+            x = units.dense(self.scaled(128), name=f"fc{i}", **whitening)(x)
+            whitening = {"block_size": WHOLE}
             x = nn.sigmoid(units.norm(name=f"bn{i}")(x))
-        return units.classifier(self.num_classes, name="linear", **WHOLE)(x)
+        return units.classifier(self.num_classes, name="linear", block_size=WHOLE)(x)

@@ -25,6 +25,8 @@ from netdeconv_jax.whitening import WhiteningSpec
 NORMS = ("batch", "channel", "deconv", "none")
 LAYOUTS = ("full", "original")
 
+WHOLE = 1024  # all of a 28x28 image together; gcd(512, 784) would be 16
+
 Layer = Callable[[jax.Array], jax.Array]
 Whitening = dict[str, Any]  # settings of `WhiteningSpec` that a network lays over the user's
 
@@ -161,6 +163,17 @@ class Units:
             return logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
 
         return layer
+
+    def flattened(self, x: jax.Array) -> tuple[jax.Array, Whitening]:
+        """Return x [batch, ...] as vectors for `dense`, and what it is to whiten together.
+
+        That is all of a vector; but where only channels are whitened, the channels of each pixel, by one
+        whitener for all pixels: of a grey image a single mean and variance.
+        """
+        flat = x.reshape(x.shape[0], -1)
+        if self.kind == "channel" and x.ndim > 2:
+            return flat, {"block_size": x.shape[-1]}
+        return flat, {"block_size": WHOLE}
 
     def in_full(self, **whitening: Any) -> dict[str, Any]:
         """Return `whitening` in the full layout, and nothing where the original code is reproduced."""

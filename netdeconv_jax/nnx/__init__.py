@@ -7,6 +7,7 @@ from netdeconv_jax.nnx.layers import (
     DeconvConvTranspose,
     DeconvDense,
     DeconvLinear,
+    WhiteningDiagnostic,
     WhiteningStat,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "DeconvDense",
     "DeconvLinear",
     "FormerNorm",
+    "WhiteningDiagnostic",
     "WhiteningStat",
     "conversion_report",
     "deconvolve",

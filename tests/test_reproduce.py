@@ -1,0 +1,380 @@
+"""The runner of experiments: what it records, resumes, fits into a budget and says of it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from netdeconv_jax.whitening import Eigh
+from train import config as configs
+from train import loop, whitening
+from train.data.resident import Resident
+from train.data.sources import Dataset, Examples
+from train.experiments import EXPERIMENTS, images, results
+from train.experiments.cell import Cell, Run, choose
+from train.experiments.runner import Runner
+from train.reproduce import main
+from train.reproduction_page import write_page
+from train.step import example_losses
+from train.stopping import Stop, Stopped
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/cifar10.py:linear,none"
+SMALL = {
+    "epochs": 2,
+    "batch_size": 8,
+    "eval_batch_size": 8,
+    "augment.crop": 0,
+    "optimizer.learning_rate": 1e-3,
+}
+
+
+def npz(folder, count=40):
+    rng = np.random.default_rng(0)
+    parts = {"x_train": count, "x_test": 16}
+    arrays: dict[str, Any] = {
+        name: rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for name, n in parts.items()
+    }
+    arrays |= {"y" + name[1:]: rng.integers(0, 10, n) for name, n in parts.items()}
+    np.savez(folder / "cifar10.npz", **arrays)
+    return str(folder)
+
+
+def runner(tmp_path, known=(), said=None):
+    said = [] if said is None else said
+    return Runner(tmp_path / "records", tmp_path / "work", npz(tmp_path), said.append, known)
+
+
+def record(tmp_path, name="x/one-seed0"):
+    return json.loads((tmp_path / "records" / f"{name}.json").read_text())
+
+
+# ---- Experiments as data
+
+
+def test_every_cell_has_a_config_that_holds_and_a_name_of_its_own():
+    for experiment in EXPERIMENTS.values():
+        names = [cell.name for cell in experiment.cells]
+        assert len(set(names)) == len(names)
+        assert all(a == b or not a.startswith(f"{b}-seed") for a in names for b in names)
+        for cell in experiment.cells:
+            assert bool(cell.config) != bool(cell.measure)
+            if cell.config:
+                config = configs.load(cell.config, cell.changes)
+                whitening.create(config.whitening)
+
+
+def test_cells_are_chosen_by_name_small_ones_first():
+    runs = choose(["ablation/block*", "figure2"], EXPERIMENTS)
+    assert [str(run) for run in runs[:3]] == [f"ablation/block{n}-seed0" for n in (16, 32)] + [
+        "ablation/block16-seed1"
+    ]
+    assert {str(run) for run in runs[-2:]} == {
+        "figure2/cifar10-seed0",
+        "figure2/imagenet2012-seed0",
+    }
+    assert [str(run) for run in choose(["figure2/cifar10"], EXPERIMENTS, seed=7)] == [
+        "figure2/cifar10-seed7"
+    ]
+    minutes = [run.cell.minutes for run in choose(["table1_epoch1"], EXPERIMENTS)]
+    assert minutes == sorted(minutes)
+
+
+@pytest.mark.parametrize("name", ["figure5", "figure2/mnist", "nothing/*"])
+def test_a_name_that_no_cell_has_is_refused(name):
+    with pytest.raises(ValueError, match="NAME"):
+        choose([name], EXPERIMENTS)
+
+
+# ---- Losses and roots that the experiments need
+
+
+def test_the_squared_loss_is_half_the_squared_distance_to_one_hot_targets():
+    logits, labels = jnp.array([[1.0, 0.5], [0.0, 3.0]]), jnp.array([0, 0])
+    found = example_losses("l2", logits, labels, smoothing=0.0)
+    np.testing.assert_allclose(found, [0.125, 5.0])
+    np.testing.assert_allclose(example_losses("l2", logits, labels, smoothing=1.0), [0.125, 3.25])
+
+
+def test_one_step_at_rate_one_with_the_exact_root_is_least_squares():
+    """Section 3.3 through the trainer itself; expected from NumPy's solver."""
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (200, 3, 4, 1), np.uint8), rng.integers(0, 4, 200)
+    examples = Examples(pixels, labels.astype(np.int32))
+    data = Dataset(examples, examples, 4, (127.0,), (74.0,))
+    changes = {
+        "loss": "l2",
+        "batch_size": 200,
+        "eval_batch_size": 200,
+        "epochs": 1,
+        "whitening.method": "eigh",
+        "whitening.eps": 1e-8,
+        "whitening.momentum": 0.0,
+        "optimizer.learning_rate": 1.0,
+        "optimizer.momentum": 0.0,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "constant",
+    }
+    config = configs.load("configs/fashion_mnist.py:linear,deconv", changes)
+    trainer = loop.Trainer(config, Resident(data, config), jax.devices()[:1])
+    trainer.compile()
+    (row,) = trainer.run(0)
+    x = np.column_stack([(pixels.reshape(200, -1) - 127.0) / 74.0, np.ones(200)])
+    y = np.eye(4)[labels]
+    best = x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    assert row["test_loss"] == pytest.approx(0.5 * np.square(best - y).sum(1).mean(), rel=1e-5)
+    assert row["train_loss"] > 1.02 * row["test_loss"]  # before the step
+
+
+def test_channel_deconvolution_of_a_grey_image_is_one_scale_for_all_pixels():
+    config = configs.load("configs/fashion_mnist.py:linear,channel", {})
+    model = loop.create_model(config, 10, None)
+    stats = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 6, 6, 1)))["batch_stats"]
+    assert stats["linear"]["whitener"].shape == (1, 1)
+    colour = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 6, 6, 3)))["batch_stats"]
+    assert colour["linear"]["whitener"].shape == (3, 3)
+
+
+def whitening_config(**changes):
+    named = {f"whitening.{name}": value for name, value in changes.items()}
+    return configs.load("configs/cifar10.py:cnn,deconv", named).whitening
+
+
+def test_a_detached_root_is_the_same_root_without_a_gradient():
+    plain, detached = (
+        whitening.create(whitening_config()),
+        whitening.create(whitening_config(through_root=False)),
+    )
+    cov = jnp.diag(jnp.array([1.0, 0.2, 0.1]))
+    np.testing.assert_array_equal(plain.root(cov), detached.root(cov))
+    assert jnp.abs(jax.grad(lambda c: plain.root(c).sum())(cov)).max() > 0.1
+    assert jnp.abs(jax.grad(lambda c: detached.root(c).sum())(cov)).max() == 0
+    assert detached.replace(num_iters=15).root == whitening.Detached(15)  # as stems lay over it
+
+
+def test_a_ridge_reaches_the_exact_root_and_no_other():
+    spec = whitening.create(whitening_config(method="eigh", ridge=0.01))
+    assert spec.root == Eigh(0.01)
+    with pytest.raises(ValueError, match="ridge"):
+        whitening.create(whitening_config(ridge=0.01))
+    with pytest.raises(ValueError, match="through_root"):
+        whitening.create(whitening_config(method="eigh", through_root=False))
+
+
+# ---- The runner
+
+
+def test_a_cell_is_recorded_with_all_that_it_takes_to_run_it_again(tmp_path):
+    run = Run("x", Cell("one", 0.1, CONFIG, SMALL, steps=True), 3)
+    assert runner(tmp_path).run([run]) == 1
+    found = record(tmp_path, "x/one-seed3")
+    assert (found["experiment"], found["cell"], found["seed"]) == ("x", "one", 3)
+    assert found["status"] == "done"
+    assert found["command"] == "python -m train.reproduce x/one --seed=3 --again --data_dir=DIR"
+    assert [row["epoch"] for row in found["epochs"]] == [1, 2]
+    assert [step for step, _ in found["steps"]] == [*range(1, 11)]
+    assert found["config"]["optimizer.learning_rate"] == 1e-3
+    assert found["config"]["seed"] == 3
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["device"].endswith("cores")
+    assert found["seconds"] >= found["compile_seconds"] > 0
+    assert str(tmp_path) not in json.dumps(found)
+    assert not list((tmp_path / "work").rglob("checkpoints"))
+
+
+def test_what_the_budget_stops_goes_on_where_it_was_and_ends_as_if_nothing_had_happened(tmp_path):
+    run = Run("x", Cell("one", 1.0, CONFIG, SMALL | {"epochs": 6}, steps=True), 0)
+    whole = runner(tmp_path)
+    whole.run([run])
+    expected = record(tmp_path)
+    (tmp_path / "records/x/one-seed0.json").unlink()
+
+    class Late(Stop):
+        """A clock that is past the deadline after a few steps of a session."""
+
+        def __init__(self, steps):
+            super().__init__()
+            self.left = steps
+
+        def requested(self, step):
+            del step
+            self.left -= 1
+            return None if self.left > 0 else 15
+
+        def noted(self):
+            return None
+
+    said = []
+    broken = runner(tmp_path, said=said)
+    for steps in (7, 9):
+        with pytest.raises(Stopped):
+            broken._one(run, Late(steps), math.inf)
+    assert runner(tmp_path, said=said).run([run]) == 1
+    assert "x/one-seed0: resumes at step 16" in said
+    found = record(tmp_path)
+    assert found["steps"] == expected["steps"]
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        assert [r[name] for r in found["epochs"]] == [r[name] for r in expected["epochs"]]
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    changes = SMALL | {"optimizer.learning_rate": 1e30, "loss": "l2"}
+    assert runner(tmp_path).run([Run("x", Cell("one", 0.1, CONFIG, changes), 0)]) == 1
+    assert record(tmp_path)["status"] == "diverged"
+
+
+def known(seconds, cell="one", minutes=1.0, **more):
+    head = {"experiment": "x", "cell": cell, "status": "done", "seconds": seconds}
+    return head | {"minutes": minutes} | results.machine() | more
+
+
+def test_times_are_learnt_from_the_same_cell_then_from_others_on_this_device_alone(tmp_path):
+    cell, other = Run("x", Cell("one", 1.0, CONFIG), 1), Run("x", Cell("two", 3.0, CONFIG), 0)
+    assert runner(tmp_path).estimate(cell) is None
+    assert runner(tmp_path, [known(5.0, device="elsewhere")]).estimate(cell) is None
+    told = runner(tmp_path, [known(5.0), known(30.0, "other", 2.0)])
+    assert told.estimate(cell) == 5.0
+    assert told.estimate(other) == pytest.approx(3 * (5.0 + 15.0) / 2)
+
+
+def test_a_budget_is_spent_on_the_cells_that_fit(tmp_path):
+    begun = []
+
+    class Recorded(Runner):
+        def _one(self, run, stop, deadline):
+            begun.append(str(run))
+
+    runs = [Run("x", Cell("long", 100.0, CONFIG), 0), Run("x", Cell("one", 1.0, CONFIG), 0)]
+    told = Recorded(tmp_path, tmp_path, "", lambda line: None, [known(6.0)])
+    told.run(runs, budget=60.0)
+    assert begun[0] == "x/one-seed0"
+    assert begun[1] == "x/long-seed0"  # what does not fit is begun with what is left
+    begun.clear()
+    assert told.run(runs, budget=1.0) == 0
+    assert begun == []
+    slow = Recorded(tmp_path, tmp_path, "", print, [known(60.0, compile_seconds=50.0)])
+    slow.run(runs, budget=55.0)  # what would hardly be compiled is not begun
+    assert begun == []
+
+
+# ---- The command
+
+
+def forbidden(names):
+    return f"""
+import sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Nothing())
+from train.reproduce import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_cells_run_with_jax_flax_optax_and_orbax_alone(tmp_path):
+    """A machine of little more than NumPy; the same command twice leaves the second nothing to do."""
+    names = "tensorflow_datasets grain cv2 array_record tensorboardX tqdm safetensors sklearn matplotlib"
+    arguments = [
+        *(sys.executable, "-c", forbidden(set(names.split()))),
+        *("figure4a/none-lr0.001", "--seed=1", "--device=cpu", "--compilation_cache="),
+        *(f"--data_dir={tmp_path}", f"--results={tmp_path}/records", f"--workdir={tmp_path}/work"),
+    ]
+    rng = np.random.default_rng(0)
+    parts = {"x_train": 600, "x_test": 100}
+    arrays: dict[str, Any] = {
+        name: rng.integers(0, 256, (n, 28, 28), np.uint8) for name, n in parts.items()
+    }
+    arrays |= {"y" + name[1:]: rng.integers(0, 10, n) for name, n in parts.items()}
+    np.savez(tmp_path / "fashion_mnist.npz", **arrays)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    found = record(tmp_path, "figure4a/none-lr0.001-seed1")
+    assert found["config"]["loss"] == "l2"
+    assert len(found["epochs"]) == 2
+
+
+def test_the_list_says_what_is_missing(tmp_path, capsys):
+    assert main(["list", f"--results={tmp_path}"]) == 0
+    assert "table1_epoch1      0/60" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["figure5"], ["figure4a", "--data_dir=/nowhere.npz"]])
+def test_a_mistake_is_one_line(arguments, tmp_path, capsys):
+    assert main([*arguments, f"--results={tmp_path}/r", f"--workdir={tmp_path}/w"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- The page
+
+
+def written(folder, experiment, cell, seed, accuracy, epochs=1):
+    run = Run(experiment, next(c for c in EXPERIMENTS[experiment].cells if c.name == cell), seed)
+    row = {
+        "epoch": epochs,
+        "train_loss": 1.0,
+        "test_accuracy": accuracy,
+        "step_seconds": 0.1,
+        "step": 390,
+    }
+    content = {
+        "status": "done",
+        "seconds": 9.0,
+        "minutes": 1.0,
+        "config": {"epochs": epochs},
+        "epochs": [row],
+    }
+    results.write(folder, run, content)
+
+
+def page(tmp_path, folder):
+    found = {name: results.read(folder, one) for name, one in EXPERIMENTS.items()}
+    (tmp_path / "docs").mkdir(exist_ok=True)
+    write_page(tmp_path / "docs/page.md", EXPERIMENTS, found)
+    return (tmp_path / "docs/page.md").read_text()
+
+
+def test_the_page_says_first_what_does_not_hold(tmp_path):
+    for seed in (0, 1):
+        for network, gain in (("resnet18", -0.1), ("pnasnet_a", -0.05)):
+            written(tmp_path, "table1_epoch1", f"{network}-batch", seed, 0.60 + 0.01 * seed)
+            written(tmp_path, "table1_epoch1", f"{network}-deconv", seed, 0.60 + gain)
+    text = page(tmp_path, tmp_path)
+    claims = [line for line in text.splitlines() if line.startswith("| Table 1")]
+    assert "deconvolution beats batch norm | **does not hold**" in claims[0]
+    assert "-8.0, 0 of 2 networks" in claims[0]
+    assert "| resnet18 | batch norm | 60.50 (60.00 to 61.00) | 56.25 |  | +4.25 | 2 |" in text
+    assert (tmp_path / "docs/images/reproduction/summary.png").is_file()
+    assert (tmp_path / "docs/images/reproduction/table_1_1.png").is_file()
+
+
+def test_a_page_of_nothing_claims_nothing(tmp_path):
+    text = page(tmp_path, tmp_path)
+    assert "Of 0 claims" in text
+    assert all(f"`{name}`" in text for name in EXPERIMENTS)
+
+
+def test_the_page_in_the_repository_is_that_of_its_records(tmp_path):
+    text = page(tmp_path, ROOT / "benchmarks/results")
+    assert text == (ROOT / "docs/reproduction.md").read_text()
+
+
+def test_a_broken_record_is_named(tmp_path):
+    (tmp_path / "figure2").mkdir()
+    (tmp_path / "figure2/cifar10-seed0.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cifar10-seed0\.json is no record"):
+        results.read(tmp_path, EXPERIMENTS["figure2"])
+
+
+def test_images_survive_their_packing():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)) / 255
+    np.testing.assert_allclose(images.unpack(images.pack(image)), image)
