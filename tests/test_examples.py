@@ -96,7 +96,7 @@ def test_a_folded_classifier_answers_over_http():
 
 
 def test_an_existing_model_is_converted_and_goes_on_from_where_it_was(capsys):
-    run = runpy.run_path(str(EXAMPLES / "convert_existing_model.py"))
+    run = runpy.run_path(str(ROOT / "examples" / "convert_existing_model.py"))
     logits, right = run["main"]()
     np.testing.assert_allclose(logits["converted"], logits["trained"], rtol=0, atol=1e-4)
     assert right["converted"] == right["trained"] > 0.8
