@@ -29,6 +29,7 @@ NETWORKS = (
     "mlp",
     "vgg11",
     "resnet18",
+    "resnet18_imagenet",
     "mobilenetv2",
     "densenet121",
     "pnasnet_b",

@@ -140,7 +140,10 @@ def check_step(model, norm, variables, x, labels):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", slow_unless(["lenet"]))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "lenet" else pytest.mark.slow) for n in REPRESENTATIVES],
+)
 def test_eight_devices_agree_with_one(name, norm):
     model, *arguments = small(name, norm)
     alone = compiled_step(model)(*arguments)

@@ -15,6 +15,8 @@ import pytest
 from train import augment, compare, data, loop
 from train import config as configs
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 ROOT = Path(__file__).parents[1]
 SOURCE = str(ROOT / "configs" / "digits.py") + ":cnn,{}"
 # A quarter of the width: everything the loop does, compiled in seconds.
@@ -46,7 +48,7 @@ def trainer_of(config, digits):
 
 
 @pytest.fixture(scope="module")
-def trainers(digits):
+def trainers(quick_compiler, digits):
     """Both norms, compiled once for the whole file."""
     return {norm: trainer_of(small(norm), digits) for norm in NORMS}
 

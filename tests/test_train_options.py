@@ -18,6 +18,8 @@ from train.output import Output
 from train.tensorboard import Events
 from train.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 SMALL = {
     "model.width": 0.25,
     "whitening.block_size": 8,
@@ -61,7 +63,7 @@ def largest_difference(one, other):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(quick_compiler):
     return {norm: trained(norm) for norm in ("none", "batch", "deconv")}
 
 
