@@ -1,7 +1,7 @@
 """A classifier behind HTTP, without whitening: train, fold to plain convolutions, compile once, serve.
 
   python examples/fold_and_serve.py --port=8000
-  curl localhost:8000/classify -d "[$(seq -s, 64)]"      # 8x8 pixels from 0 to 16, as JSON
+  curl localhost:8000/classify -d "[$(seq -s, 64)]"      # 64 numbers as JSON; digits have 0 to 16
 
 Handwritten digits of scikit-learn; training takes some seconds on two cores. Ctrl-C ends it.
 """
@@ -44,9 +44,9 @@ def handler(classify) -> type[BaseHTTPRequestHandler]:
         def do_POST(self):
             try:
                 length = int(self.headers["Content-Length"] or 0)
-                pixels = np.array(json.loads(self.rfile.read(length)), float)
+                pixels = np.array(json.loads(self.rfile.read(max(0, length))), float)
                 images = scaled(pixels.reshape(1, 8, 8, 1))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError, RecursionError):
                 return self.answer(400, {"error": "the body must be 64 numbers as JSON"})
             chances = jax.nn.softmax(classify(images)[0])
             best = int(chances.argmax())
@@ -65,10 +65,10 @@ def main() -> None:
     """Train, fold and serve."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=8000)
+    port = parser.parse_args().port
     digits: Any = load_digits()  # the first 1198 are for training
     trained = program(scaled(digits.images[:1198, ..., None]), digits.target[:1198])
-    address = "127.0.0.1", parser.parse_args().port
-    server = ThreadingHTTPServer(address, handler(jax.jit(trained.call)))
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler(jax.jit(trained.call)))
     print(f"Serving on http://127.0.0.1:{server.server_port}/classify", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -108,3 +108,10 @@ def test_degenerate_matrices_give_finite_values_and_gradients():
 def test_a_tolerance_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match=r"`tol` must be greater than 0, got 0"):
         ops.chebyshev(jnp.eye(2), tol=0.0)
+
+
+@pytest.mark.parametrize("num_iters", [5.0, [5], jnp.int32(5)])
+def test_a_number_of_steps_that_is_no_int_is_refused_whatever_ran_before(num_iters):
+    ops.chebyshev(jnp.eye(2), num_iters=5)
+    with pytest.raises(TypeError, match="`num_iters` must be a static int"):
+        ops.chebyshev(jnp.eye(2), num_iters=num_iters)

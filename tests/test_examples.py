@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from trainer_process import interruptible
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -24,7 +25,7 @@ def process(name, *arguments):
     # Most of the time of programs as small as these is the compiler's.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-W", "error", f"examples/{name}.py", *arguments],
+        interruptible([sys.executable, "-W", "error", f"examples/{name}.py", *arguments]),
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -91,7 +92,11 @@ def test_a_folded_classifier_answers_over_http():
         refused.value.close()
     finally:
         server.send_signal(signal.SIGINT)
-        server.communicate(timeout=60)
+        try:
+            server.communicate(timeout=60)
+        finally:
+            server.kill()
+            server.communicate()
     assert server.returncode == 0
 
 

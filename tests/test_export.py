@@ -3,6 +3,7 @@
 ONNX has an environment of its own, and its checks are in tests/onnx_checks.py: `make onnx`.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from netdeconv_jax import DeconvConv, DeconvConvTranspose, models
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import export_onnx, export_stablehlo, fold, load_model, save_weights
 from netdeconv_jax.interop.export import main
+from netdeconv_jax.whitening import Eigh, NewtonSchulz
 from train import config as configs
 from train.loop import create_model
 
@@ -203,3 +205,35 @@ def test_every_network_is_exported(name):
     variables = made_up(model, x)
     folded = fold(model, variables)
     check(export_stablehlo(*folded, x.shape[1:]), jax.jit(model.apply)(variables, x), x)
+
+
+@pytest.mark.parametrize("platforms", ["gpu", (), ["cpu", "metal"]])
+def test_a_platform_that_no_program_is_for_is_refused(lenet, platforms):
+    with pytest.raises(ValueError, match="`platforms` must be some of"):
+        export_stablehlo(None, None, (8, 8, 1), platforms=platforms)
+
+
+@pytest.mark.parametrize(
+    ("settings", "root"),
+    [
+        ({"ridge": 0.01, "method": "eigh", "through_root": True}, Eigh(0.01)),
+        ({"ridge": None, "num_iters": 3, "through_root": False}, NewtonSchulz(3)),
+    ],
+)
+def test_a_file_of_the_trainer_says_how_its_network_whitens(tmp_path, settings, root):
+    config = {f"whitening.{name}": value for name, value in settings.items()}
+    metadata = {"network": "lenet", "norm": "deconv", "num_classes": "10"}
+    path = tmp_path / "model.safetensors"
+    save_weights(path, {"params": {"w": np.zeros(1)}}, metadata | {"config": json.dumps(config)})
+    assert load_model(path)[0].spec.root == root
+
+
+@pytest.mark.parametrize(
+    "config", [{"whitening.colour": 1}, {"dtype": "floaty"}, {"model.width": "wide"}]
+)
+def test_a_file_with_settings_that_mean_nothing_is_refused(tmp_path, config):
+    metadata = {"network": "lenet", "norm": "deconv", "num_classes": "10"}
+    path = tmp_path / "model.safetensors"
+    save_weights(path, {"params": {"w": np.zeros(1)}}, metadata | {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match="metadata that cannot be used"):
+        load_model(path)

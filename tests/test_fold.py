@@ -236,3 +236,14 @@ def test_a_kernel_with_other_columns_is_refused_with_both_numbers():
         ops.fold(jnp.ones((3, 3, 5, 2)), None, jnp.zeros(36), jnp.eye(36), groups)
     for word in ("(3, 3, 5, 2)", "45", "36"):
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("mean", (4,)), ("whitener", (3,)), ("whitener", (4, 4)), ("bias", (1,))]
+)
+def test_arrays_that_do_not_fit_the_groups_are_refused_by_name(name, shape):
+    arrays = {"mean": (3,), "whitener": (3, 3), "bias": (2,)} | {name: shape}
+    bias, mean, whitener = (jnp.ones(arrays[key]) for key in ("bias", "mean", "whitener"))
+    groups = ops.column_groups(3, 1, 64)
+    with pytest.raises(ValueError, match=f"`{name}` must have shape"):
+        ops.fold(jnp.ones((1, 1, 3, 2)), bias, mean, whitener, groups)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from train import metrics
+from train.totals import Totals
 
 
 def rows_of(path):
@@ -163,3 +164,16 @@ def test_the_environment_names_device_and_versions():
     assert environment["device_count"] == 8
     assert environment["processor"].endswith("cores")
     assert {"date", "device", "python", "jax", "flax", "optax"} <= set(environment)
+
+
+def test_what_a_checkpoint_holds_of_an_epoch_does_not_change_while_it_is_written():
+    totals = Totals(8)
+    row = {"train_loss": 1.0, "train_accuracy": 0.5, "learning_rate": 0.1}
+    totals.add(row, 0.0)
+    saved = totals.saved()
+    totals.add(row, 0.0)
+    again = Totals(8)
+    again.load(saved)
+    again.add(row, 0.0)
+    assert again.row()["train_accuracy"] == 0.5
+    assert again.steps == 2

@@ -465,3 +465,18 @@ def test_a_sampling_stride_below_one_is_refused(name, stride):
     with pytest.raises(ValueError, match="`sampling_stride`") as raised:
         ours(CASES[name], sampling_stride=stride)(jnp.ones((2, 6, 7, 4)))
     assert str(stride) in str(raised.value)
+
+
+@pytest.mark.parametrize("stride", [2.0, "3", None])
+def test_a_sampling_stride_that_is_no_int_is_refused(stride):
+    groups = ops.column_groups(3, 9, 64)
+    with pytest.raises(TypeError, match="`sampling_stride` must be an int"):
+        ops.patch_moments(
+            jnp.ones((2, 8, 8, 3)), ops.window((3, 3)), groups, sampling_stride=stride
+        )
+
+
+def test_integers_are_refused():
+    groups = ops.column_groups(3, 9, 64)
+    with pytest.raises(TypeError, match="`x` must be floating point, got int32"):
+        ops.patch_moments(jnp.ones((2, 8, 8, 3), jnp.int32), ops.window((3, 3)), groups)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trainer_process import interruptible
 
 from train import augment, compare, data, loop
 from train import config as configs
@@ -215,7 +216,11 @@ def test_ctrl_c_leaves_the_table_the_figures_and_the_picture(tmp_path):
     arguments = [f"--config={SOURCE.format('deconv')}", f"--workdir={tmp_path}"]
     arguments += ["--compare=batch,deconv", "--seeds=0,1", *overrides(epochs=100000)]
     with subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        interruptible(command(*arguments)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -22,6 +22,15 @@ SMALL = {
 STEPS_PER_EPOCH = 18
 
 
+def interruptible(command: list[str]) -> list[str]:
+    """Return a command that heeds Ctrl-C: what a shell starts in the background inherits deafness to it."""
+    listen = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", listen, *command]
+
+
 class TrainerProcess:
     """`python -m train.main` on the digits with LeNet.
 

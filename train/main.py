@@ -12,6 +12,7 @@ same command again; 1 for a loss that is not finite and for data that cannot be 
 command or its config. Each comes with one line that says what happened.
 """
 
+import logging as std_logging
 import os
 import signal
 import sys
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
     """Train; return the exit status."""
     started = time.monotonic()
     logging.set_verbosity(logging.WARNING)  # JAX tells of every backend that is not there
+    # Of a checkpoint that could not be written, which we have told, Orbax leaves tasks that nobody awaits.
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     if not FLAGS.compare:
         # Nothing is to be saved before training begins, and a compiler that Python interrupts crashes.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

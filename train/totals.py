@@ -54,7 +54,7 @@ class Totals:
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, so that a resumed epoch has the means of the whole of it."""
-        return {"steps": self.steps, "sums": self._sums}
+        return {"steps": self.steps, "sums": dict(self._sums)}  # which is written while we go on
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `saved` returned."""

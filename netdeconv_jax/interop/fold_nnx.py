@@ -239,5 +239,5 @@ def _merge(norm: Any, layer: Any) -> None:
     offset = 0 if norm.bias is None else norm.bias[...]
     bias = None if layer.bias is None else layer.bias[...]
     kernel, bias = merged(layer.kernel[...], bias, mean, gain, offset, layer.dtype)
-    layer.kernel[...] = kernel
+    layer.kernel = nnx.Param(kernel)  # not in place: other layers may share it
     layer.bias, layer.use_bias = nnx.Param(bias), True

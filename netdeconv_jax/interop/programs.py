@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 INPUT, OUTPUT = "images", "logits"  # of an ONNX graph
 ONNX_TOLERANCE = 1e-3  # of the largest value; a wrong graph is wrong by much more
 
@@ -57,10 +58,13 @@ def export_stablehlo(
       >>> again.platforms, again.call(x).shape
       (('cpu', 'cuda', 'tpu'), (2, 10))
     """
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    if not platforms or not set(platforms) <= set(PLATFORMS):
+        raise ValueError(f"`platforms` must be some of {PLATFORMS}, got {platforms}.")
     run = _forward(model, variables, apply_kwargs)
     (batch,) = jax.export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, *_checked(input_shape)), dtype)
-    program = jax.export.export(jax.jit(run), platforms=tuple(platforms))(x)
+    program = jax.export.export(jax.jit(run), platforms=platforms)(x)
     if path is not None:
         _write(Path(path), _serialized(program))
     return program
@@ -160,7 +164,7 @@ def _forward(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Cal
 
 
 def _checked(input_shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(input_shape)
+    shape = tuple(int(n) if isinstance(n, np.integer) else n for n in input_shape)
     if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(
             f"`input_shape` must be positive ints, without the batch, as (32, 32, 3); got {input_shape}."

@@ -5,9 +5,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from netdeconv_jax import models
 from netdeconv_jax.interop.weights import load_weights
-from netdeconv_jax.whitening import WhiteningSpec
+from netdeconv_jax.whitening import Eigh, WhiteningSpec
 
 _NEEDED = ("network", "norm", "num_classes")
 
@@ -56,12 +58,18 @@ def load_model(
             f"`path` must be a file whose metadata say {', '.join(_NEEDED)}, as the trainer's do; "
             f"{os.fspath(path)!r} does not say {', '.join(missing)}."
         )
-    if not isinstance(config, Mapping) or not str(metadata["num_classes"]).isdecimal():
+    where = f"`path` {os.fspath(path)!r} has metadata that cannot be used:"
+    if not str(metadata["num_classes"]).isdecimal():
         raise ValueError(
-            f"`path` {os.fspath(path)!r} has metadata that cannot be read: `num_classes` must be a number, "
-            f"got {metadata['num_classes']!r}, and `config` JSON."
+            f"{where} `num_classes` must be a number, got {metadata['num_classes']!r}."
         )
-    return _network(metadata, config), variables, {**metadata, "config": dict(config)}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{where} `config` must be a JSON object, got {metadata['config']!r}.")
+    try:
+        model = _network(metadata, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} {error}") from error
+    return model, variables, {**metadata, "config": dict(config)}
 
 
 def _network(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> models.Network:
@@ -70,16 +78,21 @@ def _network(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> models.N
     settings = {
         name.removeprefix(prefix): value
         for name, value in config.items()
-        if name.startswith(prefix) and name != f"{prefix}preset" and value is not None
+        if name.startswith(prefix) and value is not None
     }
-    fast = config.get(f"{prefix}preset") == "fast"
+    spec = WhiteningSpec.fast() if settings.pop("preset", None) == "fast" else WhiteningSpec()
+    settings.pop("through_root", None)  # of gradients alone
+    if (ridge := settings.pop("ridge", None)) is not None:
+        settings["root"] = Eigh(ridge)
+        settings.pop("method", None)
+        settings.pop("num_iters", None)
     dtype = config.get("dtype", "float32")
     return models.create(
         metadata["network"],
         metadata["norm"],
         int(metadata["num_classes"]),
-        (WhiteningSpec.fast() if fast else WhiteningSpec()).replace(**settings),
+        spec.replace(**settings),
         config.get("model.layout", "full"),
         width=config.get("model.width", 1.0),
-        dtype=None if dtype == "float32" else dtype,
+        dtype=None if dtype == "float32" else jnp.dtype(dtype).name,
     )

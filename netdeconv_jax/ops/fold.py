@@ -37,7 +37,7 @@ def fold(
       A kernel of the same shape in `dtype`, and a bias [features] in the dtype of the statistics.
     Raises:
       ValueError: the kernel has other columns than `groups`, or features that its feature groups do not
-        divide.
+        divide; `bias`, `mean` or `whitener` has another shape than these.
 
     Source: Ye et al. 2020, section 3.4; the original code multiplies the kernel in the same way.
 
@@ -61,6 +61,14 @@ def fold(
         raise ValueError(
             f"`kernel` has {features} features, not divisible by {groups.feature_groups} feature groups."
         )
+    lead = groups.stat_shape
+    for name, value, shape in (
+        ("mean", mean, (*lead, groups.width)),
+        ("whitener", whitener, (*lead, groups.width, groups.width)),
+        ("bias", bias, (features,)),
+    ):
+        if value is not None and jnp.shape(value) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(value)}.")
     return _fold(kernel, bias, mean, whitener, groups, jnp.dtype(dtype))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from netdeconv_jax.ops.grouping import ColumnGroups
+from netdeconv_jax.ops.grouping import ColumnGroups, check_count
 from netdeconv_jax.ops.moments import AxisName, Moments, moments
 from netdeconv_jax.ops.patches import Window, tap_slices
 from netdeconv_jax.ops.sampling import every_nth
@@ -49,6 +49,7 @@ def patch_moments(
       `Moments` with leading axes `groups.stat_shape`.
     Raises:
       ValueError: the input is smaller than the kernel or has no samples, or `sampling_stride` < 1.
+      TypeError: `x` is not floating point, or `sampling_stride` not an int.
 
     Source: the original FastDeconv. `mask` and pooling over devices are ours.
 
@@ -59,9 +60,11 @@ def patch_moments(
       >>> ops.patch_moments(jnp.ones((2, 8, 8, 3)), ops.window((3, 3)), groups).cov.shape
       (27, 27)
     """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating point, got {x.dtype}.")
     dtype = dtype or jnp.promote_types(jnp.float32, x.dtype)
-    if sampling_stride < 1:
-        raise ValueError(f"`sampling_stride` must be at least 1, got {sampling_stride}.")
+    check_count("sampling_stride", sampling_stride)
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
     if axis_index_groups is not None:

@@ -54,8 +54,10 @@ def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.A
       >>> bool(jnp.allclose(ops.chebyshev(a), ops.newton_schulz(a), rtol=1e-4, atol=0.0))
       True
     """
+    check_num_iters(num_iters)
+    check_tol(tol)
     cov = check_square(cov)
-    coefficients = chebyshev_coefficients(num_iters, float(tol))
+    coefficients = chebyshev_coefficients(int(num_iters), float(tol))
     if coefficients is None:
         return newton_schulz(cov, num_iters=num_iters)
     return _inverse_sqrt(cov, coefficients)

@@ -66,7 +66,9 @@ class Chebyshev:
     num_iters: int = 5
 
     def __post_init__(self):
-        polynomial.chebyshev_coefficients(self.num_iters, float(self.tol))
+        roots.check_num_iters(self.num_iters)
+        polynomial.check_tol(self.tol)
+        polynomial.chebyshev_coefficients(int(self.num_iters), float(self.tol))
 
     def __call__(self, cov: jax.Array) -> jax.Array:
         """Return the inverse square root."""
