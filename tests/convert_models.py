@@ -191,3 +191,65 @@ class Homemade(nn.Module):
         y = nn.Conv(4, (3, 3), use_bias=False)(x)
         x = x + OwnBatchNorm(not train, scale_init=nn.initializers.zeros)(y)
         return nn.Dense(5)(x.mean((1, 2)))
+
+
+class ConvBN(nn.Module):
+    """A block with settings of the same names as those of a batch norm."""
+
+    features: int
+    use_running_average: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+        return nn.BatchNorm(self.use_running_average, momentum=self.momentum)(x)
+
+
+class BNReLU(nn.BatchNorm):
+    """An heir that does more than its parent."""
+
+    def __call__(self, x, *args, **kwargs):
+        return nn.relu(super().__call__(x, *args, **kwargs))
+
+
+class GammaBatchNorm(OwnBatchNorm):
+    """A batch norm whose scale has another name."""
+
+    @nn.compact
+    def __call__(self, x):
+        gamma = self.param("gamma", nn.initializers.ones, x.shape[-1:])
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+        lift = (1,) * (x.ndim - 1) + x.shape[-1:]
+        gain = gamma * jax.lax.rsqrt(var.value + self.epsilon)
+        return (x - mean.value.reshape(lift)) * gain.reshape(lift)
+
+
+class Lookalikes(nn.Module):
+    """What has the settings of a batch norm and is none, or more than one."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.relu(ConvBN(4, not train, name="block")(x))
+        x = BNReLU(not train, name="heir")(nn.Conv(4, (1, 1), name="before_heir")(x))
+        x = GammaBatchNorm(not train, name="gamma")(nn.Conv(4, (1, 1), name="before_gamma")(x))
+        x = nn.BatchNorm(not train, axis=1, name="rows")(nn.Conv(8, (1, 1), name="before_rows")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+class Unconverted(nn.Module):
+    """Layers that do not convert, each with a batch norm behind it."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.BatchNorm(not train, name="norm_up")(nn.ConvTranspose(4, (2, 2), name="up")(x))
+        x = nn.BatchNorm(not train, name="norm_local")(nn.ConvLocal(4, (1, 1), name="local")(x))
+        x = nn.SpectralNorm(nn.Conv(4, (1, 1), name="normed"), name="spectral")(
+            x, update_stats=False
+        )
+        x = nn.Conv(4, (1, 1), name="conv")(inputs=nn.BatchNorm(not train, name="norm_normed")(x))
+        x = nn.BatchNorm(name="norm_conv")(use_running_average=not train, x=x).mean((1, 2))
+        x = nn.BatchNorm(not train, name="norm_dense")(nn.Dense(4, name="dense")(x))
+        return nn.DenseGeneral(3, name="head")(x)

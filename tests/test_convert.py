@@ -10,13 +10,17 @@ import optax
 import orbax.checkpoint
 import pytest
 from convert_models import (
+    BNReLU,
     Bottleneck,
+    ConvBN,
     Homemade,
+    Lookalikes,
     PreActivation,
     ResNet,
     Shared,
     Stacked,
     Tutorial,
+    Unconverted,
 )
 from flax import linen as nn
 from flax import serialization, traverse_util
@@ -287,6 +291,60 @@ def test_a_batch_norm_of_ones_own_is_known_as_one():
     variables = jax.eval_shape(model.init, KEY, X)
     assert names(variables["params"]["OwnBatchNorm_1"]) == {"scale"}
     assert variables["params"]["OwnBatchNorm_1"]["scale"].shape == ()
+
+
+def test_what_only_looks_like_a_batch_norm_is_not_taken_for_one():
+    report = deconvolve(Lookalikes(), SPEC).report(X)
+    found = {entry.path: (entry.action, entry.why) for entry in report.entries}
+    assert "block" not in found
+    assert found["block/Conv_0"][0] == "replaced"
+    assert found["block/BatchNorm_0"] == ("dropped", "follows block/Conv_0, which whitens")
+    assert found["heir"] == ("dropped", "follows before_heir, which whitens")
+    assert found["gamma"][0] == "kept"
+    assert "other variables" in found["gamma"][1]
+    shapes = jax.eval_shape(deconvolve(Lookalikes(), SPEC).init, KEY, X)
+    assert names(shapes["params"]["gamma"]) == {"gamma"}
+    block = deconvolve(ConvBN(4, True), SPEC)
+    assert names(jax.eval_shape(block.init, KEY, X)["batch_stats"]) == {
+        "Conv_0/mean",
+        "Conv_0/whitener",
+    }
+
+
+def test_an_heir_of_batch_norm_loses_only_what_it_inherits():
+    heir = deconvolve(BNReLU(True), SPEC)
+    np.testing.assert_array_equal(heir.apply({}, X), np.maximum(X, 0))
+    norm = deconvolve(nn.BatchNorm(), SPEC)
+    x = norm.apply({}, use_running_average=False, mask=None, x=X)
+    np.testing.assert_array_equal(x, X)
+
+
+def test_a_batch_norm_behind_a_layer_that_stays_stays_too():
+    model: Any = deconvolve(Unconverted(), SPEC)
+    report = model.report(X)
+    assert report.replaced == ("conv",)
+    assert report.dropped == ("norm_conv",)
+    why = {entry.path: entry.why for entry in report.entries}
+    assert why["up"] == "ConvTranspose is not converted"
+    assert why["local"] == "ConvLocal is not converted"
+    assert why["norm_up"] == "follows up, which does not whiten"
+    assert why["norm_dense"] == "follows dense, which does not whiten"
+    (normed,) = (path for path in why if path.endswith("normed") and path != "norm_normed")
+    assert why[normed].startswith("below a SpectralNorm or WeightNorm")
+    assert "norm_normed" in report.kept
+    stats = names(jax.eval_shape(model.init, KEY, X)["batch_stats"])
+    assert {name for name in stats if "whitener" in name} == {"conv/whitener"}
+
+
+def test_a_model_that_is_one_layer_is_named_by_a_star_and_lists_of_axes_will_do():
+    conv = nn.Conv(4, (3, 3))
+    assert deconvolve(conv, keep="*").report(X).kept == ("",)
+    with pytest.raises(ValueError, match=r"'Conv_0'; there are \(the model\)"):
+        deconvolve(conv, keep="Conv_0").report(X)
+    for empty in ("", "/"):
+        with pytest.raises(ValueError, match="`keep` must name layers, got an empty pattern"):
+            deconvolve(conv, keep=[empty])
+    assert deconvolve(conv, axis_name=["data"]).rules.axis_name == ("data",)
 
 
 def test_heirs_of_conv_are_converted_unless_their_parameters_are_their_own():

@@ -6,11 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_models import Homemade, PreActivation, ResNet, Shared, Stacked, sequential
+from convert_models import (
+    GammaBatchNorm,
+    Homemade,
+    Lookalikes,
+    OwnBatchNorm,
+    PreActivation,
+    ResNet,
+    Shared,
+    Stacked,
+    sequential,
+)
 from flax import linen as nn
 from flax import traverse_util
 
-from netdeconv_jax import DeconvConv, WhiteningSpec, models
+from netdeconv_jax import DeconvConv, WhiteningSpec, deconvolve, models
 from netdeconv_jax.interop import fold, recalibrate, warm_start
 from netdeconv_jax.linen import DeconvolvedModel
 
@@ -123,15 +133,52 @@ def test_statistics_are_those_that_the_layer_meets():
     np.testing.assert_allclose(plain.apply(folded, X), model.apply(variables, X), atol=1e-4)
 
 
+def test_what_was_converted_and_trained_folds_to_plain_layers():
+    net: Any = nn.Sequential([*sequential().layers, nn.BatchNorm(True)])
+    model: Any = deconvolve(net, SPEC)
+    variables = trained(model)
+    plain, folded = fold(model, variables, X)
+    assert not any("whitener" in path for path in traverse_util.flatten_dict(folded, sep="/"))
+    expected = model.apply(variables, X)
+    np.testing.assert_allclose(plain.apply(folded, X), expected, rtol=0, atol=1e-4)
+    assert set(folded["batch_stats"]) == {
+        "layers_7"
+    }  # a batch norm is one, not what is left of one
+    with pytest.raises(Exception, match="layers_7"):
+        plain.apply({"params": folded["params"]}, X)
+
+
 @pytest.mark.parametrize("name", ["cnn", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_a_network_of_the_zoo_becomes_its_twin(name):
     model, x = models.create(name, norm="batch", width=0.25), X
     variables = trained(model, x)
-    twin, new = warm_start(model, variables, [x], SPEC)
-    assert twin == model.clone(norm="deconv", spec=SPEC)
+    twin, new = warm_start(model, variables, [x], SPEC, axis_name=["data"])
+    assert twin == model.clone(norm="deconv", spec=SPEC, axis_name=("data",))
     check_same(model, variables, (twin, new), x)
     shapes = jax.eval_shape(twin.init, jax.random.key(0), x)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, shapes)
+
+
+def test_norms_that_are_not_per_feature_or_not_what_they_seem_stay_as_they_are():
+    model = Lookalikes()
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X], SPEC)
+    check_same(model, variables, (converted, new), train=False)
+    assert set(converted.report(X).kept) == {"gamma", "rows", "head"}
+
+
+def test_a_function_that_would_be_another_is_refused():
+    class Odd(OwnBatchNorm):
+        @nn.compact
+        def __call__(self, x):
+            return nn.tanh(super().__call__(x))
+
+    model = nn.Sequential([nn.Conv(3, (1, 1)), Odd(True), lambda x: x.mean((1, 2))])
+    with pytest.raises(ValueError, match="`model` computes something else after conversion"):
+        warm_start(model, trained(model), [X], SPEC, apply_kwargs={})
+    same = nn.Sequential([nn.Conv(3, (1, 1)), GammaBatchNorm(True), lambda x: x.mean((1, 2))])
+    converted, _ = warm_start(same, trained(same), [X], SPEC, apply_kwargs={})
+    assert converted.report(X).kept == ("layers_1",)
 
 
 @pytest.mark.slow
@@ -148,6 +195,8 @@ def test_a_network_that_has_no_such_twin_is_wrapped(name, layout):
 
 
 def test_what_cannot_be_is_refused_in_words():
+    with pytest.raises(TypeError, match="`spec` must be a WhiteningSpec, got 5"):
+        warm_start(ResNet(), {}, [X], 5)  # pyright: ignore
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         warm_start(ResNet(), trained(ResNet()), [])
     dense = nn.Dense(3)

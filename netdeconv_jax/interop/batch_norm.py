@@ -8,6 +8,8 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
 
+from netdeconv_jax.linen.batch_norms import in_trial
+
 Tree = Any
 Path = tuple[str, ...]  # of a module, or of a leaf
 
@@ -77,7 +79,7 @@ def momenta(
 
     def look(run, args, kwargs, context):
         momentum = momentum_of(context.module)
-        if isinstance(momentum, (int, float)):
+        if isinstance(momentum, (int, float)) and not in_trial():
             found[tuple(context.module.path)] = momentum
         return run(*args, **kwargs)
 

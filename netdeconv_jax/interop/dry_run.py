@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ops
 from netdeconv_jax.linen import DeconvConv, DeconvConvTranspose, DeconvDense
+from netdeconv_jax.linen.batch_norms import body_of, first_argument, in_trial, running_body
 from netdeconv_jax.whitening import WhiteningSpec
 from netdeconv_jax.whitening.conv import conv_groups, dense_groups
 from netdeconv_jax.whitening.transposed import plain_conv_transpose
@@ -44,8 +45,8 @@ class Norm:
 
     Attributes:
       epsilon: of the batch norm.
-      behind: the layer whose output goes here and nowhere else, None if there is no such layer or the batch
-        norm is called more than once.
+      behind: the layer whose output goes here and nowhere else, None if there is no such layer, if the batch
+        norm is called more than once, or if its features are not on the last axis.
     """
 
     epsilon: float
@@ -57,6 +58,7 @@ def dry_run(
     params: Mapping[Path, Any],
     x: Any,
     kinds: tuple[type[nn.Module], ...] = ALL,
+    others: Collection[Path] = (),
 ) -> tuple[dict[Path, Layer], dict[Path, Norm]]:
     """Return the convolutions and dense layers that `run(x)` calls, and the batch norms, by path.
 
@@ -67,7 +69,8 @@ def dry_run(
       run: applies a Linen module.
       params: its parameters by path of the leaf.
       x: an array or its shape and dtype, large enough for every stride.
-      kinds: of modules that answer so; others run. What is no convolution and no dense layer is a batch norm.
+      kinds: of modules that answer so; others run.
+      others: paths of modules of other kinds that are batch norms.
     Raises:
       ValueError: a layer has other parameters than it would declare, as under `nn.scan` and `nn.vmap`.
     """
@@ -75,14 +78,17 @@ def dry_run(
 
     def answer(run, args, kwargs, context):
         module, path = context.module, tuple(context.module.path)
-        if context.method_name != "__call__" or not isinstance(module, kinds):
+        if context.method_name != "__call__" or in_trial():
             return run(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not isinstance(module, LAYERS):
+        x = first_argument(context.orig_method, args, kwargs)
+        if _is_norm(context, kinds, path in others):
             source = next((path for output, path in made if output is x), None)
-            source = None if path in norms else source
+            if path in norms or getattr(module, "axis", -1) not in (-1, x.ndim - 1):
+                source = None
             norms[path] = Norm(module.epsilon, source)
             return jnp.zeros(x.shape, x.dtype)
+        if not isinstance(module, kinds) or not isinstance(module, LAYERS):
+            return run(*args, **kwargs)
         layers[path], shape = _layer(module, path, params, x)
         output = checkpoint_name(jnp.zeros(shape, x.dtype), "/".join(path))
         made.append((output, path))
@@ -95,6 +101,14 @@ def dry_run(
         path: norm if norm.behind in alone else dataclasses.replace(norm, behind=None)
         for path, norm in norms.items()
     }
+
+
+def _is_norm(context: Any, kinds: tuple[type[nn.Module], ...], named: bool) -> bool:
+    """Whether what runs is a batch norm of the kinds, as such and not as part of an heir that does more."""
+    if isinstance(context.module, nn.BatchNorm):
+        own = running_body(context) is body_of(nn.BatchNorm)
+        return own and (named or isinstance(context.module, kinds))
+    return named
 
 
 def geometry_of(module: nn.Module) -> ops.Window | ops.Transposed | None:

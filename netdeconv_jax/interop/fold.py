@@ -1,5 +1,6 @@
 """A trained model as the plain network that it is: every whitener and mean folded into kernel and bias."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from netdeconv_jax.interop.dry_run import (
     dry_run,
     geometry_of,
 )
-from netdeconv_jax.linen import DeconvDense
+from netdeconv_jax.linen import DeconvDense, DeconvolvedModel
+from netdeconv_jax.linen.batch_norms import first_argument, in_trial
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening.conv import plain_conv, plain_dense
 from netdeconv_jax.whitening.transposed import fold_transposed, plain_conv_transpose
@@ -39,11 +41,11 @@ class FoldedModel:
     """A Linen module whose layers run as the plain ones that `fold` made of them.
 
     A layer that whitened has a kernel and a bias; that of a `DeconvConvTranspose` is [*strides, features],
-    one bias for each place modulo the strides. A batch norm without running statistics is its scale and
-    bias, or the identity where it has neither.
+    one bias for each place modulo the strides. Where `affine_norms`, a batch norm is its scale and bias.
 
     Attributes:
-      model: the module that was folded.
+      model: the module that was folded, or the converted model.
+      affine_norms: whether batch norms were made a scale and a bias, as in some networks of the zoo.
 
     Source: ours.
 
@@ -57,17 +59,24 @@ class FoldedModel:
       ('FoldedModel', ['params'], (4, 3))
     """
 
-    model: nn.Module
+    model: nn.Module | DeconvolvedModel
+    affine_norms: bool = False
 
     def apply(self, variables: Mapping[str, Tree], *args: Any, **kwargs: Any) -> Any:
         """Return `model.apply(variables, *args, **kwargs)` with plain layers in place of whitened ones."""
-        with nn.intercept_methods(plainly):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(nn.intercept_methods(plainly))
+            if self.affine_norms:
+                stack.enter_context(nn.intercept_methods(_affinely))
             return self.model.apply(variables, *args, **kwargs)
 
 
 @overload
 def fold(
-    model: nn.Module, variables: Mapping[str, Tree], x: Any = None, **apply_kwargs: Any
+    model: nn.Module | DeconvolvedModel,
+    variables: Mapping[str, Tree],
+    x: Any = None,
+    **apply_kwargs: Any,
 ) -> tuple[Any, dict[str, Tree]]: ...
 @overload
 def fold(model: "nnx.Module", *, x: Any = None, **call_kwargs: Any) -> Any: ...
@@ -92,7 +101,7 @@ def fold(
     convolution or dense layer is folded into it.
 
     Args:
-      model: a network of the zoo, or any Linen or NNX module.
+      model: a network of the zoo, any Linen or NNX module, or what `deconvolve` made of one.
       variables: `params`, `batch_stats` and whatever else; also NumPy's arrays. None for NNX.
       x: an input of the model, or its shape and dtype; needed for Linen modules that are not of the zoo.
       **apply_kwargs: what `model.apply`, or an NNX model's call, needs besides in evaluation: `train=False`.
@@ -115,7 +124,7 @@ def fold(
       >>> plain.norm, sorted(variables), plain.apply(variables, x).shape
       ('none', ['params'], (2, 10))
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module | DeconvolvedModel):
         return _fold_nnx(model, variables, x, apply_kwargs)
     if variables is None:
         raise ValueError("`variables` must be those of the Linen module `model`, got None.")
@@ -144,7 +153,9 @@ def fold(
             norm = dataclasses.replace(norm, behind=None)
         fold_batch_norm(path, norm, layers, params, stats)
     if lone:
-        return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
+        return FoldedModel(model, affine_norms=True), _trees(
+            collections | {"params": params, "batch_stats": stats}
+        )
     twin = model.clone(norm="none")
     _check_all_there(twin, params, stats, x)
     return twin, _trees(collections | {"params": params, "batch_stats": stats})
@@ -237,13 +248,9 @@ def _check_all_there(twin: Network, params: Leaves, stats: Leaves, x: Any) -> No
 def plainly(run, args, kwargs, context):
     """Run a layer as the plain one that its folded variables describe."""
     module = context.module
-    if context.method_name != "__call__" or not isinstance(module, (*WHITENED, nn.BatchNorm)):
+    if context.method_name != "__call__" or not isinstance(module, WHITENED) or in_trial():
         return run(*args, **kwargs)
-    x = args[0] if args else kwargs["x"]
-    if isinstance(module, nn.BatchNorm):
-        if module.has_variable("batch_stats", "mean"):
-            return run(*args, **kwargs)
-        return _affine(module, x)
+    x: Any = first_argument(context.orig_method, args, kwargs)
     kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
     promoted, *_ = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
     kernel = kernel.astype(promoted.dtype)
@@ -272,8 +279,12 @@ def plainly(run, args, kwargs, context):
     )
 
 
-def _affine(module: nn.BatchNorm, x: jax.Array) -> jax.Array:
-    """What is left of a batch norm: a scale and a bias, applied in their precision, or nothing."""
+def _affinely(run, args, kwargs, context):
+    """Run a batch norm as the scale and bias that are left of it, applied in their precision, or nothing."""
+    module = context.module
+    if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
+        return run(*args, **kwargs)
+    x: Any = first_argument(context.orig_method, args, kwargs)
     if not module.has_variable("params", "scale"):
         return x
     scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))

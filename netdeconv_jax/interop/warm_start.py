@@ -6,6 +6,7 @@ function is the same all the way, one pass of the folded model over data finds e
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta, unfreeze
+from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ops
 from netdeconv_jax.interop.batch_norm import leaves
@@ -23,13 +25,23 @@ from netdeconv_jax.interop.dry_run import WHITENED, Layer, Norm, Path, dry_run
 from netdeconv_jax.interop.fold import fold, fold_batch_norm, plainly
 from netdeconv_jax.interop.recalibrate import recalibrate
 from netdeconv_jax.linen import DeconvolvedModel, deconvolve
-from netdeconv_jax.linen.conversion import is_batch_norm, starts_at_zero
+from netdeconv_jax.linen.batch_norms import (
+    first_argument,
+    in_trial,
+    is_batch_norm,
+    starts_at_zero,
+)
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening import WhiteningSpec
-from netdeconv_jax.whitening.conversion import DenseRule
+from netdeconv_jax.whitening.conversion import DenseRule, rules
+from netdeconv_jax.whitening.layer import layer_spec
 
 Tree = Any
 Leaves = dict[Path, Any]
+
+# Of the largest output, by bits of the fraction. Far above rounding, also where a device multiplies float32
+# in fewer bits, and far below what a wrong fold does.
+_TOLERANCES = ((52, 1e-6), (23, 0.05), (0, 0.25))
 
 
 def warm_start(
@@ -46,8 +58,8 @@ def warm_start(
 ) -> tuple[Any, dict[str, Tree]]:
     """Return a trained model with whitening layers in the place of its own, still the same function.
 
-    In evaluation outputs are the same to rounding, 1e-4 in float32. Training goes on from there: batches
-    are then whitened by their own statistics, so that its first losses differ a little.
+    In evaluation outputs are the same to rounding, 1e-4 in float32 and about 1e-2 in bfloat16. Training goes
+    on from there: batches are then whitened by their own statistics, so that first losses differ a little.
 
     Batch norms are folded into the convolutions (and dense layers, if these are converted) before them and
     gone. One that is not all that follows one such layer, as in front of a convolution, or that is shared,
@@ -66,7 +78,9 @@ def warm_start(
       The model and its variables. The model is `deconvolve(model, spec, ...)`; of a network of the zoo it is
       its twin of `norm="deconv"`, if all its batch norms fold.
     Raises:
-      ValueError: `batches` is empty; `model` has nothing to convert, or layers stacked by `nn.scan`.
+      ValueError: `batches` is empty; `model` has nothing to convert, or layers stacked by `nn.scan`;
+        or on the first batch outputs differ by more than rounding, as where a norm is not what it seems.
+      TypeError: `spec` is no `WhiteningSpec`.
 
     Source: ours.
 
@@ -81,6 +95,7 @@ def warm_start(
       >>> bool(jnp.allclose(model.apply(variables, x), net.apply(trained, x), atol=1e-4))
       True
     """
+    layer_spec(spec, WhiteningSpec())
     flags = {"train": False} if apply_kwargs is None else dict(apply_kwargs)
     batches = iter(batches)
     if (x := next(batches, None)) is None:
@@ -89,19 +104,51 @@ def warm_start(
     shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     start = None
     if isinstance(model, Network) and not (dense or keep):
-        start = _twin(model, plain, spec, shape, flags)
+        start = _twin(model, plain, spec, shape, flags, axis_name)
     if start is None:
         start = _converted(model, plain, shape, flags, rngs, spec, dense, keep, axis_name)
-    return _whitened(*start, itertools.chain([x], batches), shape, flags, rngs)
+    found = _whitened(*start, itertools.chain([x], batches), shape, flags, rngs)
+    _check_same(model, plain, found, x, flags, rngs)
+    return found
 
 
-def _twin(model, variables, spec, x, flags):
+def _check_same(model, variables, found, x, flags, rngs):
+    """Raise if the new model computes anything else: a batch norm may be none, whatever it looks like."""
+    converted, new_variables = found
+    run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, converted))
+    precision = _precision(jax.make_jaxpr(run)(variables, x).jaxpr)
+    tolerance = next(most for bits, most in _TOLERANCES if bits <= precision)
+    old, new = jax.jit(run)(variables, x), jax.jit(again)(new_variables, x)
+    for expected, output in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if not jnp.issubdtype(expected.dtype, jnp.inexact):
+            continue
+        largest, error = (float(jnp.abs(y).max()) for y in (expected, output - expected))
+        if not error <= tolerance * largest:
+            raise ValueError(
+                f"`model` computes something else after conversion: outputs of up to {largest:.3g} differ by "
+                f"{error:.3g}; `keep` the layers that are not what they look like."
+            )
+
+
+def _precision(jaxpr: Any) -> int:
+    """The fewest bits of the fraction of any number in a program."""
+    found = [52]
+    for eqn in jaxpr.eqns:
+        dtypes = [var.aval.dtype for var in eqn.outvars if hasattr(var.aval, "dtype")]
+        found += [jnp.finfo(dtype).nmant for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+        found += [_precision(inner) for inner in jaxprs_in_params(eqn.params)]
+    return min(found)
+
+
+def _twin(model, variables, spec, x, flags, axis_name):
     """The zoo's own network that whitens, and folded variables; None where it has other layers."""
     try:
         _, folded = fold(model, variables)
     except ValueError:
         return None
     twin = model.clone(norm="deconv", spec=spec or model.spec)
+    if axis_name is not None:
+        twin = twin.clone(axis_name=rules(spec, False, (), None, axis_name).axis_name)
     shapes = jax.eval_shape(lambda x: twin.init(jax.random.key(0), x), x)
     if jax.tree.map(jnp.shape, shapes["params"]) != jax.tree.map(jnp.shape, folded["params"]):
         return None  # the original layout keeps some batch norms
@@ -126,7 +173,8 @@ def _converted(
         lambda x: leaving(found).apply(variables, x, rngs=rngs, **flags),
         params,
         x,
-        (*WHITENED, *(kind for kind, _ in found.values())),
+        WHITENED,
+        found,
     )
     if not layers:
         raise ValueError("`model` has no convolution to convert, or runs it in a `jit` of its own.")
@@ -138,7 +186,7 @@ def _converted(
             unfolded.append(path)
             continue
         fold_batch_norm(path, norm, layers, params, stats)
-        if (dtype := found[path][1]) is not None:
+        if (dtype := found[path]) is not None:
             params[(*path, "scale")] = jnp.ones((), dtype)
     for path in layers:
         kernel = params[(*path, "kernel")]
@@ -146,17 +194,17 @@ def _converted(
     return leaving(unfolded), layers, {**variables, **_trees(params, stats)}
 
 
-def _batch_norms(run, x) -> dict[Path, tuple[type[nn.Module], Any]]:
-    """The batch norms that `run(x)` calls: class, and dtype of the scalar in its place where there is one."""
+def _batch_norms(run, x) -> dict[Path, Any]:
+    """The batch norms that `run(x)` calls, and the dtype of the scalar in their place where there is one."""
     found = {}
 
     def look(run, args, kwargs, context):
         module = context.module
-        if context.method_name == "__call__" and is_batch_norm(module):
-            x = args[0] if args else next(iter(kwargs.values()))
+        if is_batch_norm(context, args, kwargs):
+            x: Any = first_argument(context.orig_method, args, kwargs)
             scalar = starts_at_zero(module, x.shape[-1])
             dtype = getattr(module, "param_dtype", jnp.float32) if scalar else None
-            found[tuple(module.path)] = (type(module), dtype)
+            found[tuple(module.path)] = dtype
         return run(*args, **kwargs)
 
     with nn.intercept_methods(look):
@@ -169,6 +217,9 @@ def _folds(path: Path, norm: Norm, params: Leaves, stats: Leaves) -> bool:
     if norm.behind is None:
         return False
     features = params[(*norm.behind, "kernel")].shape[-1:]
+    own = {leaf[len(path)] for leaf in params if leaf[: len(path)] == path}
+    if not own <= {"scale", "bias"}:
+        return False
     return all(
         (*path, name) in stats and stats[(*path, name)].shape == features
         for name in ("mean", "var")
@@ -188,12 +239,13 @@ class _Measuring:
 
 def _measured(run, args, kwargs, context):
     module = context.module
-    if context.method_name != "__call__" or not isinstance(module, WHITENED):
+    if context.method_name != "__call__" or not isinstance(module, WHITENED) or in_trial():
         return run(*args, **kwargs)
     if module.use_running_average is False:
         return run(*args, **kwargs)  # the one below
-    # Without memory: of a layer that is called more than once the last call counts.
-    twin = module.clone(parent=module.scope, use_running_average=False, momentum=0.0)
+    # Without memory: of a layer that is called more than once the last call counts. All data are here.
+    settings = {"use_running_average": False, "momentum": 0.0, "axis_name": None}
+    twin = module.clone(parent=module.scope, **settings)
     twin(*args, **kwargs)
     return plainly(run, args, kwargs, context)
 

@@ -5,7 +5,6 @@ that names and initial kernels stay what they were; a batch norm returns its inp
 """
 
 import contextlib
-import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import meta
 
+from netdeconv_jax.linen.batch_norms import (
+    body_of,
+    first_argument,
+    in_trial,
+    running_body,
+    starts_at_zero,
+    why_no_batch_norm,
+)
 from netdeconv_jax.linen.layers import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
 from netdeconv_jax.whitening.conversion import (
     DROPPED,
@@ -25,9 +31,13 @@ from netdeconv_jax.whitening.conversion import (
     Report,
     Rules,
     explain_norm,
+    explain_unwhitened,
 )
 
 _OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
+_UNKNOWN = (nn.ConvTranspose, nn.ConvLocal)  # there is nothing to convert these to
+_LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, *_UNKNOWN)
+_WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
 _SHARED = (
     "features",
     "dtype",
@@ -66,7 +76,9 @@ class Conversion:
     def __init__(self, rules: Rules):
         self._rules = rules
         self._entries: dict[Path, Entry] = {}
-        self._made: list[tuple[weakref.ref, Path]] = []  # outputs of layers that whiten
+        # Outputs of layers, and whether these whiten.
+        self._made: list[tuple[weakref.ref, Path, bool]] = []
+        self._wrapped = 0  # how deep inside of modules that normalize what is called kernel
 
     @property
     def report(self) -> Report:
@@ -81,25 +93,44 @@ class Conversion:
     def __call__(self, run, args, kwargs, context):
         """Run one method of one module, converted; an interceptor of `nn.intercept_methods`."""
         module, path = context.module, tuple(context.module.path)
-        if context.method_name != "__call__" or isinstance(module, _OURS):
+        if context.method_name != "__call__" or isinstance(module, _OURS) or in_trial():
             return run(*args, **kwargs)
-        body = getattr(context.orig_method, "func", None)
-        if is_batch_norm(module):
-            return self._norm(module, path, run, args, kwargs)
-        if body is _body_of(nn.Conv) and isinstance(module, nn.Conv):
-            twin, why = self._conv(module, path)
-        elif body is _body_of(nn.Dense) and isinstance(module, nn.Dense):
-            twin, why = self._dense(module, path, *args, **kwargs)
-        else:
+        if isinstance(module, _WRAPPERS):
+            return self._wrapper(run, args, kwargs)
+        x = first_argument(context.orig_method, args, kwargs)
+        if (why := why_no_batch_norm(context, args, kwargs)) is None:
+            return self._norm(module, path, x, run, args, kwargs)
+        if why:
+            self._note(module, path, KEPT, why)  # an heir may still call a batch norm's own
+        body, kinds = running_body(context), [kind for kind in _LINEAR if isinstance(module, kind)]
+        if body not in map(body_of, kinds):
             return run(*args, **kwargs)
+        twin, why = self._twin(module, path, x)
         self._note(module, path, KEPT if twin is None else REPLACED, why)
-        if twin is None:
-            return run(*args, **kwargs)
-        return self._whitened(twin, path, *args, **kwargs)
+        y = run(*args, **kwargs) if twin is None else self._whitened(twin, x)
+        self._remember(y, path, twin is not None)
+        return y
 
-    def _conv(self, module: nn.Conv, path: Path) -> tuple[DeconvConv | None, str]:
+    def _wrapper(self, run, args, kwargs):
+        self._wrapped += 1
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self._wrapped -= 1
+
+    def _twin(self, module: Any, path: Path, x: Any) -> tuple[Any, str]:
+        """The layer in the place of this one, or None, and why."""
         if why := self._rules.why_kept(path):
             return None, why
+        if self._wrapped:
+            return None, "below a SpectralNorm or WeightNorm, which would normalize the whitener"
+        if isinstance(module, nn.Conv):
+            return self._conv(module)
+        if isinstance(module, nn.Dense):
+            return self._dense(module, path, x)
+        return None, f"{type(module).__name__} is not converted"
+
+    def _conv(self, module: nn.Conv) -> tuple[DeconvConv | None, str]:
         if module.mask is not None:
             return None, "has a mask of its kernel"
         if type(module).param is not nn.Conv.param:
@@ -117,8 +148,6 @@ class Conversion:
     def _dense(
         self, module: nn.Dense, path: Path, inputs: jax.Array
     ) -> tuple[DeconvDense | None, str]:
-        if why := self._rules.why_kept(path):
-            return None, why
         if not self._rules.wants_dense(path, jnp.shape(inputs)[-1], module.features):
             return None, "`dense` does not ask for it"
         if type(module).param is not nn.Dense.param:
@@ -145,21 +174,26 @@ class Conversion:
         axis_name = self._rules.axis_name
         return {"use_running_average": running, "axis_name": axis_name, "parent": module.scope}
 
-    def _whitened(self, twin: DeconvConv | DeconvDense, path: Path, inputs: jax.Array) -> jax.Array:
+    def _whitened(self, twin: DeconvConv | DeconvDense, inputs: Any) -> jax.Array:
         x = jnp.asarray(inputs)
         if not jnp.issubdtype(x.dtype, jnp.inexact):  # which nn.Conv promotes
             x = x.astype(twin.dtype or twin.param_dtype)
-        y = twin(x)
-        alive = [made for made in self._made if made[0]() is not None]
-        self._made = [*alive[1 - _REMEMBERED :], (weakref.ref(y), path)]
-        return y
+        return twin(x)
 
-    def _norm(self, module: nn.Module, path: Path, run, args, kwargs):
-        if why := self._rules.why_kept(path):
+    def _remember(self, y: Any, path: Path, whitens: bool) -> None:
+        alive = [made for made in self._made if made[0]() is not None]
+        self._made = [*alive[1 - _REMEMBERED :], (weakref.ref(y), path, whitens)]
+
+    def _norm(self, module: nn.Module, path: Path, x: Any, run, args, kwargs):
+        source, whitens = next(
+            ((path, whitens) for made, path, whitens in self._made if made() is x), (None, True)
+        )
+        why = self._rules.why_kept(path)
+        if why is None and source is not None and not whitens:
+            why = explain_unwhitened(source)
+        if why is not None:
             self._note(module, path, KEPT, why)
             return run(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        source = next((path for made, path in self._made if made() is x), None)
         scalar = starts_at_zero(module, x.shape[-1])
         self._note(module, path, DROPPED, explain_norm(source, scalar=scalar))
         fields = _fields(module, ("dtype", "param_dtype", "use_scale", "use_bias"))
@@ -185,28 +219,6 @@ def converting(rules: Rules) -> Iterator[Conversion]:
     conversion = Conversion(rules)
     with nn.intercept_methods(conversion):
         yield conversion
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether a module is an `nn.BatchNorm` or another class with running averages like its own."""
-    if isinstance(module, nn.BatchNorm):
-        return True
-    fields = ("use_running_average", "momentum", "epsilon")
-    return not isinstance(module, _OURS) and all(hasattr(module, field) for field in fields)
-
-
-def starts_at_zero(module: nn.Module, features: int) -> bool:
-    """Return whether the scale of a batch norm starts at zero."""
-    start = getattr(module, "scale_init", None)
-    if start is None or not getattr(module, "use_scale", True):
-        return False
-    with jax.ensure_compile_time_eval():
-        return not jnp.any(meta.unbox(start(jax.random.key(0), (features,), jnp.float32)))
-
-
-def _body_of(kind: type[nn.Module]) -> Any:
-    """The function that runs where `__call__` of a class, or `super().__call__` of an heir, is called."""
-    return inspect.unwrap(kind.__call__)
 
 
 def _fields(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:

@@ -122,19 +122,23 @@ def deconvolve(
     """Replace every convolution of a Linen model by one that whitens, and its batch norms by the identity.
 
     `deconvolve(model, spec)` returns an object with the `init` and `apply` of the model: the form to use.
-    `with deconvolve(spec):` converts what `model.init` and `model.apply` run inside. A function that was
-    jitted, and has run, outside of the `with` runs there as it was compiled: **unconverted, silently**.
-    (Inside `nn.jit` the same holds for either form: its modules must not have run unconverted before.)
+    `with deconvolve(spec):` converts what `model.init` and `model.apply` run inside, on this thread alone. A
+    function that was jitted, and has run, outside of the `with` runs there as it was compiled:
+    **unconverted, silently**; one that has first run inside stays converted outside. (Inside `nn.jit` the
+    same holds for either form: its modules must not have run unconverted before.)
 
     The rules:
 
     - Every `nn.Conv` becomes a `DeconvConv` of the same settings and initial kernel, always with a bias. One
-      with a `mask` of its kernel, or of a class that changes its parameters, stays. `nn.Dense` becomes
-      `DeconvDense` where `dense` says so, in blocks of 512 features at least.
+      with a `mask` of its kernel, of a class that changes its parameters, or below `nn.SpectralNorm` or
+      `nn.WeightNorm` stays. `nn.Dense` becomes `DeconvDense` where `dense` says so, in blocks of 512 features
+      at least. `nn.ConvTranspose`, `nn.ConvLocal` and `nn.DenseGeneral` stay.
     - Batch statistics are used, and `batch_stats` updated, where `batch_stats` (or `moments`) is mutable and
       the model is not initializing; running statistics otherwise, whatever the model's own `train` says.
-    - Every batch norm becomes the identity, also of classes that are like `nn.BatchNorm`, unless `keep` names
-      it. A kept one is as it was.
+    - Every batch norm becomes the identity, also of classes that are like `nn.BatchNorm` in settings and
+      variables and hold no modules, unless `keep` names it or what it directly follows is a layer that stays.
+      A kept one is as it was. Of an heir that does more, only what it inherits becomes the identity; a `mask`
+      that a batch norm is called with is not used.
     - A batch norm whose scale starts at zero becomes the product with one learnt scalar that starts at zero:
       blocks that start as the identity still do.
 

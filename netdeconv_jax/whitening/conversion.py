@@ -140,7 +140,7 @@ class Rules:
         for name, patterns in given.items():
             for pattern in patterns:
                 if paths and not any(matches(path, (pattern,)) for path in paths):
-                    have = ", ".join("/".join(path) for path in paths[:8])
+                    have = ", ".join("/".join(path) or "(the model)" for path in paths[:8])
                     raise ValueError(
                         f"`{name}` names no layer of the model: {pattern!r}; there are {have}"
                         f"{', ...' if len(paths) > 8 else ''}."
@@ -158,8 +158,11 @@ def rules(
 
     Raises:
       TypeError: `spec`, `dense` or `keep` is of the wrong type.
+      ValueError: a pattern is empty.
     """
     layer_spec(spec, WhiteningSpec())
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)  # rules are hashed
     if not isinstance(dense, bool) and not callable(dense):
         dense = _patterns("dense", dense)
     return Rules(spec, dense, _patterns("keep", keep), use_running_average, axis_name)
@@ -168,6 +171,8 @@ def rules(
 def _patterns(name: str, given: Any) -> tuple[str, ...]:
     patterns = (given,) if isinstance(given, str) else given
     if isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns):
+        if any(not pattern.strip("/") for pattern in patterns):
+            raise ValueError(f"`{name}` must name layers, got an empty pattern in {given!r}.")
         return tuple(patterns)
     raise TypeError(f"`{name}` must be a pattern of paths or several, got {given!r}.")
 
@@ -176,8 +181,11 @@ def matches(path: Path, patterns: Iterable[str]) -> bool:
     """Return whether a pattern names the layer at `path`, or a module that holds it.
 
     A pattern is compared, as file names are, with every run of consecutive names of the path: `"bn1"`,
-    `"stage1/*/bn1"`, `"Stem_0"`. With a "/" in front it must start at the root.
+    `"stage1/*/bn1"`, `"Stem_0"`. With a "/" in front it must start at the root. The path of a model that is
+    one layer is "", which `"*"` names.
     """
+    if not path:
+        return any(pattern and fnmatchcase("", pattern) for pattern in patterns)
     for pattern in patterns:
         starts = range(1) if pattern.startswith("/") else range(len(path))
         wanted = pattern.removeprefix("/")
@@ -186,6 +194,11 @@ def matches(path: Path, patterns: Iterable[str]) -> bool:
             if any(fnmatchcase("/".join(path[start:end]), wanted) for end in ends):
                 return True
     return False
+
+
+def explain_unwhitened(source: Path) -> str:
+    """Return why a batch norm is kept that stands behind the layer at `source`, which is kept too."""
+    return f"follows {'/'.join(source) or 'the model'}, which does not whiten"
 
 
 def explain_norm(source: Path | None, *, scalar: bool) -> str:
