@@ -14,6 +14,7 @@ from flax import nnx
 import netdeconv_jax
 from netdeconv_jax import WhiteningSpec
 from netdeconv_jax import nnx as dnnx
+from netdeconv_jax.interop import fold
 
 X = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32) + 0.5
 # Whiteners of one size: what costs time here is compiling, shape by shape.
@@ -72,10 +73,11 @@ def test_a_tutorial_model_is_converted_and_the_given_one_stays():
     before = nnx.eval_shape(lambda net: nnx.state(net), net)
     model: Any = dnnx.deconvolve(net, SPEC)
     assert type(model) is CNN
-    assert [type(one) for one in (model.conv1, model.conv2)] == [dnnx.DeconvConv] * 2
+    assert [type(one) for one in (model.conv1, model.conv2)] == [dnnx.FormerConv] * 2
     assert [type(one) for one in (model.norm1, model.norm2)] == [dnnx.FormerNorm] * 2
     assert type(model.linear1) is nnx.Linear
     assert type(net.conv1) is nnx.Conv
+    assert isinstance(model.conv1, dnnx.DeconvConv)
     assert jax.tree.structure(nnx.state(net)) == jax.tree.structure(before)
     np.testing.assert_array_equal(model.conv1.kernel[...], net.conv1.kernel[...])
     assert model.conv1.kernel is not net.conv1.kernel
@@ -113,7 +115,7 @@ def test_the_report_is_that_of_the_linen_rules():
     model = dnnx.deconvolve(net, SPEC, dense="linear1", keep=("norm1", "conv2"))
     assert type(model.norm1) is nnx.BatchNorm
     assert type(model.conv2) is nnx.Conv
-    assert type(model.linear1) is dnnx.DeconvDense
+    assert type(model.linear1) is dnnx.FormerLinear
     assert model.linear1.effective_block == 16  # not four, as of the convolutions
 
 
@@ -215,3 +217,89 @@ def test_computation_in_bfloat16_stays_in_bfloat16():
     model = dnnx.deconvolve(net, SPEC)
     assert model(X).dtype == jnp.bfloat16
     assert model.layers[0].whitener[...].dtype == jnp.float32
+
+
+class ConvBN(nnx.Module):
+    """A block with settings of the same names as those of a batch norm."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.use_running_average, self.momentum, self.epsilon = False, 0.9, 1e-5
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x=self.conv(inputs=x), mask=None)
+
+
+class BNReLU(nnx.BatchNorm):
+    """An heir that does more than its parent."""
+
+    def __call__(self, x, **kwargs):
+        return nnx.relu(super().__call__(x, **kwargs))
+
+
+def test_what_only_looks_like_a_batch_norm_is_not_taken_for_one():
+    model = dnnx.deconvolve(ConvBN(nnx.Rngs(0)), SPEC)
+    assert type(model.conv) is dnnx.FormerConv
+    assert type(model.norm) is dnnx.FormerNorm
+    heir = nnx.Sequential(nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0)), BNReLU(4, rngs=nnx.Rngs(0)))
+    assert type(dnnx.deconvolve(heir, SPEC).layers[1]) is BNReLU
+    entry = dnnx.conversion_report(heir, X).entries[1]
+    assert (entry.action, entry.why) == ("kept", "BNReLU has a `__call__` of its own")
+
+
+def test_layers_are_called_as_those_in_whose_place_they_stand():
+    net = ConvBN(nnx.Rngs(0))
+    assert dnnx.conversion_report(net, x=X).dropped == ("norm",)
+    model = dnnx.deconvolve(net, SPEC, use_running_average=True)
+    images = (20 * X).astype(np.int32)
+    np.testing.assert_array_equal(model(images), model(images.astype(np.float32)))
+    plain = fold(model, x=images)
+    np.testing.assert_allclose(plain(images), model(images), rtol=1e-4, atol=1e-4)
+    dense = dnnx.deconvolve(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), dense=True)
+    np.testing.assert_array_equal(dense(inputs=X), dense(X))
+    with pytest.raises(ValueError, match="`out_sharding` must be None"):
+        dense(X, out_sharding="x")
+
+
+def test_the_report_takes_flags():
+    class Flagged(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (1, 1), rngs=rngs)
+
+        def __call__(self, x, train, *, scale):
+            return self.conv(x) * scale if train else x
+
+    net = Flagged(nnx.Rngs(0))
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    assert dnnx.conversion_report(net, X, True, scale=scale).replaced == ("conv",)
+    assert not dnnx.conversion_report(net, X, False, scale=scale).entries
+
+
+def test_layers_that_stay_are_listed_with_the_norms_behind_them():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(
+        nnx.ConvTranspose(3, 4, (2, 2), rngs=rngs),
+        nnx.BatchNorm(4, rngs=rngs),
+        nnx.WeightNorm(nnx.Conv(4, 4, (1, 1), rngs=rngs), rngs=rngs),
+        nnx.Conv(4, 4, (1, 1), rngs=rngs),
+    )
+    up, norm, wrapped, conv = dnnx.conversion_report(net, X).entries
+    assert (up.action, up.why) == ("kept", "ConvTranspose is not converted")
+    assert norm.why == "follows layers/0, which does not whiten: name it in `keep`"
+    assert wrapped.path == "layers/2/layer_instance"
+    assert wrapped.why.startswith("below a SpectralNorm or WeightNorm")
+    assert conv.action == "replaced"
+    model = dnnx.deconvolve(net, SPEC, keep="layers/1")
+    assert type(model.layers[1]) is nnx.BatchNorm
+    assert type(model.layers[2].layer_instance) is nnx.Conv
+
+
+def test_scales_that_do_not_say_where_they_start_are_refused():
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"convert outside of `nnx\.jit`"):
+        nnx.jit(dnnx.deconvolve)(norm)
+    abstract = nnx.eval_shape(lambda: nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="whose scale is traced or abstract"):
+        dnnx.deconvolve(abstract)
+    assert dnnx.deconvolve(norm).scale is None

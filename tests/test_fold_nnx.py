@@ -138,6 +138,16 @@ def test_an_output_that_others_read_keeps_its_batch_norm():
     close(folded(x), net(x))
 
 
+def test_a_norm_of_another_axis_stays():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, axis=1, rngs=rngs))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4))
+    folded = fold(with_statistics(net), x=x)
+    assert isinstance(folded.layers[1], nnx.BatchNorm)
+    net.eval()
+    close(folded(x), net(x))
+
+
 def test_what_cannot_be_folded_is_refused():
     with pytest.raises(ValueError, match="`variables` must be None for an NNX module"):
         fold(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), {})  # pyright: ignore

@@ -28,6 +28,12 @@ class _Plain:
 
     geometry: Any
 
+    def _input(self: Any, x: Any = None, *_: Any, inputs: Any = None, **__: Any) -> jax.Array:
+        x = jnp.asarray(inputs if x is None else x)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return x.astype(self.dtype or self.kernel[...].dtype)  # images of integers
+
     def _arrays(self: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel, bias = self.kernel[...], self.bias[...]
         promoted, *_ = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
@@ -37,9 +43,9 @@ class _Plain:
 class PlainConv(_Plain, nnx.Conv):
     """The `nnx.Conv` that a folded `DeconvConv` is; its bias is added in its own precision."""
 
-    def __call__(self, x: jax.Array, use_running_average: Any = None, *, mask: Any = None):
+    def __call__(self, *args: Any, **kwargs: Any):
         """Convolve; what says which statistics to take has nothing to say any more."""
-        del use_running_average, mask
+        x = self._input(*args, **kwargs)
         return plain_conv(
             x,
             *self._arrays(x),
@@ -54,9 +60,9 @@ class PlainConv(_Plain, nnx.Conv):
 class PlainLinear(_Plain, nnx.Linear):
     """The `nnx.Linear` that a folded `DeconvDense` is; its bias is added in its own precision."""
 
-    def __call__(self, x: jax.Array, use_running_average: Any = None, *, mask: Any = None):
+    def __call__(self, *args: Any, **kwargs: Any):
         """Multiply; see `PlainConv`."""
-        del use_running_average, mask
+        x = self._input(*args, **kwargs)
         return plain_dense(
             x,
             *self._arrays(x),
@@ -75,9 +81,9 @@ class PlainConvTranspose(_Plain, nnx.Module):
         self.preferred_element_type = layer.preferred_element_type
         self.kernel, self.bias = nnx.Param(layer.kernel[...]), nnx.Param(jnp.zeros(()))
 
-    def __call__(self, x: jax.Array, use_running_average: Any = None, *, mask: Any = None):
+    def __call__(self, *args: Any, **kwargs: Any):
         """Convolve; see `PlainConv`."""
-        del use_running_average, mask
+        x = self._input(*args, **kwargs)
         return plain_conv_transpose(
             x,
             *self._arrays(x),
@@ -173,7 +179,7 @@ def _plain(path: Path, layer: Any) -> Any:
 class _Identity(nnx.Module):
     """What stands in the place of a batch norm that is folded."""
 
-    def __call__(self, x: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    def __call__(self, x: Any, *_: Any, **__: Any) -> jax.Array:
         """Return `x`."""
         return x
 
@@ -184,11 +190,14 @@ class _Named(nnx.Module):
     def __init__(self, name: str, layer: Any):
         self.name, self.layer = name, layer
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer."""
-        if isinstance(self.layer, nnx.BatchNorm):
-            return self.layer(checkpoint_name(x, self.name), *args, **kwargs)
-        return checkpoint_name(self.layer(x, *args, **kwargs), self.name)
+        if not isinstance(self.layer, nnx.BatchNorm):
+            return checkpoint_name(self.layer(*args, **kwargs), self.name)
+        x = args[0] if args else kwargs.pop("x")
+        if self.layer.axis in (-1, x.ndim - 1):  # else a layer's features are not those of the norm
+            x = checkpoint_name(x, self.name)
+        return self.layer(x, *args[1:], **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "layer"), name)

@@ -1,6 +1,12 @@
 """Network deconvolution for Flax NNX: layers, and models converted to them."""
 
-from netdeconv_jax.nnx.convert import FormerNorm, conversion_report, deconvolve
+from netdeconv_jax.nnx.convert import (
+    FormerConv,
+    FormerLinear,
+    FormerNorm,
+    conversion_report,
+    deconvolve,
+)
 from netdeconv_jax.nnx.layers import (
     ChannelDeconv,
     DeconvConv,
@@ -17,6 +23,8 @@ __all__ = [
     "DeconvConvTranspose",
     "DeconvDense",
     "DeconvLinear",
+    "FormerConv",
+    "FormerLinear",
     "FormerNorm",
     "WhiteningDiagnostic",
     "WhiteningStat",

@@ -1,12 +1,14 @@
 """Any NNX model with whitening layers in the place of its own: `deconvolve`."""
 
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
@@ -27,11 +29,14 @@ from netdeconv_jax.whitening.conversion import (
     Report,
     Rules,
     explain_norm,
+    explain_unwhitened,
     rules,
 )
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
 _OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
+_LINEAR = (nnx.Conv, nnx.Linear, nnx.ConvTranspose, nnx.LinearGeneral)
+_WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm)
 _zeros = nnx.initializers.zeros_init()
 
 
@@ -51,15 +56,20 @@ def deconvolve(
     The rules are those of `netdeconv_jax.deconvolve`:
 
     - Every `nnx.Conv` becomes a `DeconvConv` with the same settings and kernel, always with a bias. One with
-      a `mask` of its kernel, or of a class with another `__call__`, stays. `nnx.Linear` becomes `DeconvDense`
-      where `dense` says so, in blocks of 512 features at least.
+      a `mask` of its kernel, of a class with another `__call__`, or below `nnx.SpectralNorm` or
+      `nnx.WeightNorm` stays. `nnx.Linear` becomes `DeconvDense` where `dense` says so, in blocks of 512
+      features at least. `nnx.ConvTranspose` and `nnx.LinearGeneral` stay.
     - Batch statistics are used after `train()`, running ones after `eval()`, as with `nnx.BatchNorm`; at
       first as the model's batch norms do. A `use_running_average` that the model passes to a batch norm
       in the call does not reach the convolutions.
-    - Every batch norm becomes the identity, also of classes that are like `nnx.BatchNorm`, unless `keep`
-      names it. One whose scale is zero becomes the product with one learnt scalar that starts at zero.
+    - Every batch norm becomes the identity, also of classes that are like `nnx.BatchNorm` and hold no
+      modules, unless `keep` names it; heirs with a `__call__` of their own stay. One whose scale is zero
+      becomes the product with one learnt scalar that starts at zero. A `mask` that it is called with is not
+      used.
+    - No input is given here, so that it is not known what a batch norm follows: **one behind a layer that
+      stays is dropped, unless `keep` names it**. `conversion_report` lists these.
 
-    `conversion_report` lists what is done and why.
+    `conversion_report` lists what is done and why. Convert outside of `nnx.jit` and `nnx.eval_shape`.
 
     Args:
       model: an `nnx.Module`; layers in lists and dicts, shared and stacked ones (`nnx.vmap`) included.
@@ -69,10 +79,10 @@ def deconvolve(
       use_running_average: of the new layers at first.
       axis_name: mapped axis over which statistics are pooled, as `nnx.BatchNorm`.
     Returns:
-      A module of the class of `model`; a `DeconvConv` if it is a convolution itself.
+      A module of the class of `model`; a `FormerConv`, a `DeconvConv` too, if it is a convolution itself.
     Raises:
       TypeError: `model` is no NNX module, or an argument is of the wrong type.
-      ValueError: a pattern names no layer of the model.
+      ValueError: a pattern names no layer of the model; a scale of a batch norm is traced or abstract.
 
     Source: ours; De and Smith 2020 (SkipInit) for the scalar.
 
@@ -84,15 +94,15 @@ def deconvolve(
       >>> net = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu)
       >>> model = dnnx.deconvolve(net)
       >>> type(model.layers[0]).__name__, model(jnp.ones((2, 8, 8, 3))).shape
-      ('DeconvConv', (2, 8, 8, 8))
+      ('FormerConv', (2, 8, 8, 8))
     """
     wanted = rules(spec, dense, keep, use_running_average, axis_name)
     running = use_running_average if use_running_average is not None else _mode(_checked(model))
     seen: list[Path] = []
 
-    def convert(path: Path, node: nnx.Module) -> nnx.Module:
+    def convert(path: Path, node: nnx.Module, wrapped: bool) -> nnx.Module:
         seen.append(path)
-        plan = _plan(path, node, wanted)
+        plan = _plan(path, node, wanted, wrapped)
         if plan.action == KEPT:
             return node
         if isinstance(node, nnx.Conv):
@@ -134,11 +144,19 @@ def conversion_report(
     """
     wanted, record = rules(None, dense, keep, None, None), _Record()
 
-    def probe(path: Path, node: nnx.Module) -> nnx.Module:
-        return _Probe(path, node, _plan(path, node, wanted), record)
+    def probe(path: Path, node: nnx.Module, wrapped: bool) -> nnx.Module:
+        return _probed(path, node, _plan(path, node, wanted, wrapped), record)
 
     probed = _map(probe, nnx.clone(_checked(model)))
-    nnx.eval_shape(lambda probed, *args: probed(*args, **kwargs), probed, *args)
+    given, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+    traced = {i: leaf for i, leaf in enumerate(given) if hasattr(leaf, "shape") or _is_node(leaf)}
+
+    def run(probed: Any, arrays: dict[int, Any]) -> Any:
+        leaves = [arrays.get(i, leaf) for i, leaf in enumerate(given)]  # flags stay what they are
+        args, kwargs = jax.tree.unflatten(structure, leaves)
+        return probed(*args, **kwargs)
+
+    nnx.eval_shape(run, probed, traced)
     wanted.check_used(record.entries)
     return Report(tuple(record.entries.values()))
 
@@ -161,6 +179,7 @@ class FormerNorm(nnx.Module):
     """
 
     def __init__(self, norm: nnx.Module):
+        self.input_name = next(iter(inspect.signature(norm.__call__).parameters), "x")
         self.num_features = getattr(norm, "num_features", None)
         scale, bias = getattr(norm, "scale", None), getattr(norm, "bias", None)
         self.scale = nnx.data(None)
@@ -170,22 +189,69 @@ class FormerNorm(nnx.Module):
         self.dtype = getattr(norm, "dtype", None)
         self.affine_dtype = next((p.dtype for p in (scale, bias) if p is not None), None)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return `x` in the dtype that the batch norm gave it, times the scalar if there is one."""
-        del use_running_average, mask
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """Return the input in the dtype that the batch norm gave it, times the scalar if there is one.
+
+        It takes what the batch norm took, of which only the input counts.
+        """
+        x = args[0] if args else kwargs.get(self.input_name)
         affine = () if self.affine_dtype is None else (self.affine_dtype,)
         dtype = self.dtype or jnp.result_type(x, *affine)
         x = jnp.asarray(x, dtype)
         return x if self.scale is None else x * self.scale[...].astype(dtype)
 
 
-def _plan(path: Path, node: nnx.Module, wanted: Rules) -> Entry:
+class FormerConv(DeconvConv):
+    """A `DeconvConv` that is called as the `nnx.Conv` in whose place it stands: `inputs` of any dtype.
+
+    Source: ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax import nnx as dnnx
+      >>> layer = dnnx.deconvolve(nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0)))
+      >>> layer(inputs=jnp.ones((2, 8, 8, 3), jnp.uint8)).shape
+      (2, 8, 8, 4)
+    """
+
+    def __call__(self, inputs: Any = None, *args: Any, out_sharding: Any = None, **kwargs: Any):
+        """Return what a `DeconvConv` does of `inputs`, or of `x`, its own name for them."""
+        return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
+
+
+class FormerLinear(DeconvDense):
+    """A `DeconvDense` that is called as the `nnx.Linear` in whose place it stands; see `FormerConv`.
+
+    Source: ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax import nnx as dnnx
+      >>> layer = dnnx.deconvolve(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), dense=True)
+      >>> layer(inputs=jnp.ones((8, 3))).shape
+      (8, 4)
+    """
+
+    def __call__(self, inputs: Any = None, *args: Any, out_sharding: Any = None, **kwargs: Any):
+        """Return what a `DeconvDense` does of `inputs`, or of `x`, its own name for them."""
+        return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
+
+
+def _input(layer: Any, inputs: Any, kwargs: dict[str, Any], out_sharding: Any) -> jax.Array:
+    """The input of a layer under either name, of a dtype that can be whitened."""
+    if out_sharding is not None:
+        raise ValueError(
+            f"`out_sharding` must be None for a layer that whitens, got {out_sharding}."
+        )
+    x = jnp.asarray(kwargs.pop("x") if inputs is None else inputs)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(layer.dtype or layer.param_dtype)  # as nnx.Conv does
+    return x
+
+
+def _plan(path: Path, node: nnx.Module, wanted: Rules, wrapped: bool = False) -> Entry:
     """What becomes of a layer; of a norm it is not yet known what it stands behind."""
 
     def entry(action: str, why: str) -> Entry:
@@ -194,9 +260,14 @@ def _plan(path: Path, node: nnx.Module, wanted: Rules) -> Entry:
     kind = nnx.Conv if isinstance(node, nnx.Conv) else nnx.Linear
     if why := wanted.why_kept(path):
         return entry(KEPT, why)
+    if isinstance(node, nnx.BatchNorm) and type(node).__call__ is not nnx.BatchNorm.__call__:
+        return entry(KEPT, f"{type(node).__name__} has a `__call__` of its own")
     if _is_norm(node):
         return entry(DROPPED, explain_norm(None, scalar=_starts_at_zero(node)))
-    assert isinstance(node, nnx.Conv | nnx.Linear)
+    if not isinstance(node, nnx.Conv | nnx.Linear):
+        return entry(KEPT, f"{type(node).__name__} is not converted")
+    if wrapped:
+        return entry(KEPT, "below a SpectralNorm or WeightNorm, which would normalize the whitener")
     if isinstance(node, nnx.Linear) and not wanted.wants_dense(
         path, node.in_features, node.out_features
     ):
@@ -208,8 +279,8 @@ def _plan(path: Path, node: nnx.Module, wanted: Rules) -> Entry:
     return entry(REPLACED, f"by {'DeconvConv' if kind is nnx.Conv else 'DeconvDense'}")
 
 
-def _conv(conv: nnx.Conv, wanted: Rules, running: bool) -> DeconvConv:
-    twin = DeconvConv(
+def _conv(conv: nnx.Conv, wanted: Rules, running: bool) -> FormerConv:
+    twin = FormerConv(
         conv.in_features,
         conv.out_features,
         conv.kernel_size,
@@ -225,8 +296,8 @@ def _conv(conv: nnx.Conv, wanted: Rules, running: bool) -> DeconvConv:
     return _with_variables_of(conv, twin)
 
 
-def _dense(dense: nnx.Linear, wanted: Rules, running: bool) -> DeconvDense:
-    twin = DeconvDense(
+def _dense(dense: nnx.Linear, wanted: Rules, running: bool) -> FormerLinear:
+    twin = FormerLinear(
         dense.in_features,
         dense.out_features,
         # Its own default rounds once where this one would round twice.
@@ -269,40 +340,51 @@ class _Record:
 
     def __init__(self):
         self.entries: dict[Path, Entry] = {}
-        self.made: list[tuple[weakref.ref, Path]] = []
+        self.made: list[tuple[weakref.ref, Path, bool]] = []  # and whether it whitens
 
 
-class _Probe(nnx.Module):
-    """A layer that runs as it is, and notes what a conversion would make of it."""
+def _probed(path: Path, layer: Any, plan: Entry, record: _Record) -> Any:
+    """The layer, which runs as it is, and notes what a conversion would make of it."""
+    kind = type(layer)
+    name = next(iter(inspect.signature(layer.__call__).parameters), None)
+    scalar = _is_norm(layer) and _starts_at_zero(layer)  # which a trace could not tell
 
-    def __init__(self, path: Path, layer: nnx.Module, plan: Entry, record: _Record):
-        self.path, self.layer, self.plan, self.record = path, layer, plan, record
-        self.scalar = _is_norm(layer) and _starts_at_zero(layer)  # which a trace could not tell
+    class Probe(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            found = plan
+            if plan.action == DROPPED:
+                x = args[0] if args else kwargs.get(name or "")
+                made = ((path, whitens) for made, path, whitens in record.made if made() is x)
+                source, whitens = next(made, (None, True))
+                why = explain_norm(source if whitens else None, scalar=scalar)
+                if source is not None and not whitens:
+                    why = f"{explain_unwhitened(source)}: name it in `keep`"
+                found = dataclasses.replace(plan, why=why)
+            record.entries[path] = found
+            y = super().__call__(*args, **kwargs)
+            if isinstance(self, _LINEAR):
+                record.made.append((weakref.ref(y), path, plan.action == REPLACED))
+            return y
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "layer":
-            raise AttributeError(name)
-        return getattr(self.layer, name)
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = self.layer
-        plan = self.plan
-        if plan.action == DROPPED:
-            source = next((path for made, path in self.record.made if made() is x), None)
-            plan = dataclasses.replace(plan, why=explain_norm(source, scalar=self.scalar))
-        self.record.entries[self.path] = plan
-        y = layer(x, *args, **kwargs)
-        if plan.action == REPLACED:
-            self.record.made.append((weakref.ref(y), self.path))
-        return y
+    # Of its class, and not around it: what holds it may look at its variables.
+    layer.__class__ = Probe
+    return layer
 
 
-def _map(change: Callable[[Path, Any], Any], model: nnx.Module) -> Any:
-    """Return the model with every convolution, dense layer and batch norm changed."""
+def _map(change: Callable[[Path, Any, bool], Any], model: nnx.Module) -> Any:
+    """Return the model with every linear layer and batch norm changed, which is told if it is wrapped."""
+    # By their kernels, which are shared by the copies that nnx makes of the modules.
+    wrapped = {
+        id(inner.kernel)
+        for _, wrapper in nnx.iter_modules(model)
+        if isinstance(wrapper, _WRAPPERS)
+        for _, inner in nnx.iter_modules(wrapper)
+        if isinstance(inner, _LINEAR)
+    }
 
     def visit(path, node):
-        if isinstance(node, nnx.Conv | nnx.Linear) or _is_norm(node):
-            return change(tuple(map(str, path)), node)
+        if isinstance(node, _LINEAR) or _is_norm(node):
+            return change(tuple(map(str, path)), node, id(getattr(node, "kernel", None)) in wrapped)
         return node
 
     return nnx.recursive_map(visit, model)
@@ -324,18 +406,31 @@ def _mode(model: nnx.Module) -> bool:
 
 
 def _is_norm(node: Any) -> bool:
-    """Whether a module is an `nnx.BatchNorm` or another class with running averages like its own."""
-    fields = ("use_running_average", "momentum", "epsilon")
-    return isinstance(node, nnx.BatchNorm) or (
-        isinstance(node, nnx.Module)
-        and not isinstance(node, _OURS)
-        and all(hasattr(node, field) for field in fields)
+    """Whether a module is an `nnx.BatchNorm` or another class with settings and statistics like its own."""
+    if isinstance(node, nnx.BatchNorm):
+        return True
+    if not isinstance(node, nnx.Module) or isinstance(node, _OURS):
+        return False
+    return (
+        all(hasattr(node, name) for name in ("use_running_average", "momentum", "epsilon"))
+        and all(isinstance(getattr(node, name, None), nnx.BatchStat) for name in ("mean", "var"))
+        and not any(inner is not node for _, inner in nnx.iter_modules(node))
     )
+
+
+def _is_node(given: Any) -> bool:
+    """Whether an argument is a module, or random numbers, that a trace must take apart."""
+    return isinstance(given, nnx.Module | nnx.Rngs)
 
 
 def _starts_at_zero(norm: nnx.Module) -> bool:
     scale = getattr(norm, "scale", None)
     value = None if scale is None else scale.get_value()
-    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
-        return False  # none, or an abstract one that does not say
-    return not value.any()
+    if value is None:
+        return False
+    if isinstance(value, Tracer | jax.ShapeDtypeStruct):
+        raise ValueError(
+            "`model` has a batch norm whose scale is traced or abstract, so that it is not known whether it "
+            "starts at zero; convert outside of `nnx.jit` and `nnx.eval_shape`."
+        )
+    return not np.asarray(value).any()
