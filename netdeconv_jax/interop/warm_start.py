@@ -123,7 +123,7 @@ def _check_same(model, variables, found, x, flags, rngs):
         if not jnp.issubdtype(expected.dtype, jnp.inexact):
             continue
         largest, error = (float(jnp.abs(y).max()) for y in (expected, output - expected))
-        if not error <= tolerance * largest:
+        if not error <= tolerance * max(largest, 1e-3):
             raise ValueError(
                 f"`model` computes something else after conversion: outputs of up to {largest:.3g} differ by "
                 f"{error:.3g}; `keep` the layers that are not what they look like."
