@@ -6,7 +6,6 @@ function is the same all the way, one pass of the folded model over data finds e
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,13 +16,13 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta, unfreeze
-from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ops
 from netdeconv_jax.interop.batch_norm import leaves
 from netdeconv_jax.interop.dry_run import WHITENED, Layer, Norm, Path, dry_run
 from netdeconv_jax.interop.fold import fold, fold_batch_norm, plainly
 from netdeconv_jax.interop.recalibrate import recalibrate
+from netdeconv_jax.interop.same_function import check_same
 from netdeconv_jax.linen import DeconvolvedModel, deconvolve
 from netdeconv_jax.linen.batch_norms import (
     first_argument,
@@ -38,10 +37,6 @@ from netdeconv_jax.whitening.layer import layer_spec
 
 Tree = Any
 Leaves = dict[Path, Any]
-
-# Of the largest output, by bits of the fraction. Far above rounding, also where a device multiplies float32
-# in fewer bits, and far below what a wrong fold does.
-_TOLERANCES = ((52, 1e-6), (23, 0.05), (0, 0.25))
 
 
 def warm_start(
@@ -108,36 +103,8 @@ def warm_start(
     if start is None:
         start = _converted(model, plain, shape, flags, rngs, spec, dense, keep, axis_name)
     found = _whitened(*start, itertools.chain([x], batches), shape, flags, rngs)
-    _check_same(model, plain, found, x, flags, rngs)
+    check_same(model, plain, found, x, flags, rngs)
     return found
-
-
-def _check_same(model, variables, found, x, flags, rngs):
-    """Raise if the new model computes anything else: a batch norm may be none, whatever it looks like."""
-    converted, new_variables = found
-    run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, converted))
-    precision = _precision(jax.make_jaxpr(run)(variables, x).jaxpr)
-    tolerance = next(most for bits, most in _TOLERANCES if bits <= precision)
-    old, new = jax.jit(run)(variables, x), jax.jit(again)(new_variables, x)
-    for expected, output in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        if not jnp.issubdtype(expected.dtype, jnp.inexact):
-            continue
-        largest, error = (float(jnp.abs(y).max()) for y in (expected, output - expected))
-        if not error <= tolerance * max(largest, 1e-3):
-            raise ValueError(
-                f"`model` computes something else after conversion: outputs of up to {largest:.3g} differ by "
-                f"{error:.3g}; `keep` the layers that are not what they look like."
-            )
-
-
-def _precision(jaxpr: Any) -> int:
-    """The fewest bits of the fraction of any number in a program."""
-    found = [52]
-    for eqn in jaxpr.eqns:
-        dtypes = [var.aval.dtype for var in eqn.outvars if hasattr(var.aval, "dtype")]
-        found += [jnp.finfo(dtype).nmant for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
-        found += [_precision(inner) for inner in jaxprs_in_params(eqn.params)]
-    return min(found)
 
 
 def _twin(model, variables, spec, x, flags, axis_name):

@@ -1,12 +1,7 @@
 """Network deconvolution for Flax NNX: layers, and models converted to them."""
 
-from netdeconv_jax.nnx.convert import (
-    FormerConv,
-    FormerLinear,
-    FormerNorm,
-    conversion_report,
-    deconvolve,
-)
+from netdeconv_jax.nnx.convert import conversion_report, deconvolve
+from netdeconv_jax.nnx.former import FormerConv, FormerLinear, FormerNorm
 from netdeconv_jax.nnx.layers import (
     ChannelDeconv,
     DeconvConv,

@@ -1,0 +1,43 @@
+"""Whether a converted model computes what the model did."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+
+# Of the largest output, by bits of the fraction. Far above rounding, also where a device multiplies float32
+# in fewer bits, and far below what a wrong fold does.
+_TOLERANCES = ((52, 1e-6), (23, 0.05), (0, 0.25))
+
+
+def check_same(
+    model: Any, variables: Any, found: tuple[Any, Any], x: Any, flags: Mapping[str, Any], rngs: Any
+) -> None:
+    """Raise if the new model computes anything else: a batch norm may be none, whatever it looks like."""
+    converted, new_variables = found
+    run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, converted))
+    precision = _precision(jax.make_jaxpr(run)(variables, x).jaxpr)
+    tolerance = next(most for bits, most in _TOLERANCES if bits <= precision)
+    old, new = jax.jit(run)(variables, x), jax.jit(again)(new_variables, x)
+    for expected, output in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if not jnp.issubdtype(expected.dtype, jnp.inexact):
+            continue
+        largest, error = (float(jnp.abs(y).max()) for y in (expected, output - expected))
+        if not error <= tolerance * max(largest, 1e-3):
+            raise ValueError(
+                f"`model` computes something else after conversion: outputs of up to {largest:.3g} differ by "
+                f"{error:.3g}; `keep` the layers that are not what they look like."
+            )
+
+
+def _precision(jaxpr: Any) -> int:
+    """The fewest bits of the fraction of any number in a program."""
+    found = [52]
+    for eqn in jaxpr.eqns:
+        dtypes = [var.aval.dtype for var in eqn.outvars if hasattr(var.aval, "dtype")]
+        found += [jnp.finfo(dtype).nmant for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+        found += [_precision(inner) for inner in jaxprs_in_params(eqn.params)]
+    return min(found)
