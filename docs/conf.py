@@ -78,7 +78,7 @@ def _entry(line: str) -> list[str]:
 def _plain(text: str) -> str:
     parts = CODE.split(text)
     for i in range(0, len(parts), 3):
-        parts[i] = parts[i].replace("*", r"\*").replace("_ ", r"\_ ")
+        parts[i] = re.sub(r"([*|]|_(?=\W))", r"\\\1", parts[i])
     for i in range(1, len(parts), 3):
         parts[i] = f"`{parts[i]}`" + (r"\ " if parts[i + 1] else "")
     return "".join(parts)
