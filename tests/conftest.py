@@ -2,9 +2,16 @@
 forbid it; so are warnings (pyproject.toml).
 
 float64 is never global: a test that wants it says `with jax.enable_x64():` or takes the fixture `x64`.
+
+Most of the time goes into compiling, so that what one process has compiled the others take from a cache,
+which ends with the run. Compiling with fewer optimizations would be quicker, but at
+`xla_backend_optimization_level=0` XLA computes wrong gradients on CPUs, some of them NaN (jaxlib 0.10; LeNet
+with batch norm).
 """
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,18 +24,24 @@ MOST_MEMORY = 3 * 2**30  # of a process, before what it has compiled is thrown a
 STATM = Path("/proc/self/statm")
 
 
+def pytest_configure(config):
+    # Made by the first process; those that it starts inherit the variable.
+    if "NETDECONV_TEST_CACHE" not in os.environ:
+        os.environ["NETDECONV_TEST_CACHE"] = config.compiled = tempfile.mkdtemp(prefix="compiled")
+    jax.config.update("jax_compilation_cache_dir", os.environ["NETDECONV_TEST_CACHE"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64():
         yield
-
-
-@pytest.fixture(scope="module")
-def quick_compiler():
-    """For small programs that run once: what they compute does not depend on how well they are compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 # 25 pixels: the sampled rows of 1x1 kernels and channel layers start elsewhere on every device.
 X = jax.random.normal(jax.random.key(0), (16, 5, 5, 6)) + 1
 

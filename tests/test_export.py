@@ -24,7 +24,6 @@ from netdeconv_jax.whitening import Eigh, NewtonSchulz
 from train import config as configs
 from train.loop import create_model
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 ROOT = Path(__file__).parents[1]
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -20,8 +20,6 @@ from netdeconv_jax import (
 )
 from netdeconv_jax.interop import FoldedModel, fold
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KERNELS_OF_WHITENING = {"cholesky", "eigh", "rsqrt", "sqrt", "while", "scan", "cond"}
 # Padding, strides, groups, 1x1 kernels, gates, dense layers; one of them with other groups.
 NARROW = {

@@ -12,8 +12,6 @@ from jax.extend.core import jaxprs_in_params
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import fold
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 class Net(nnx.Module):
     """Groups, strides, dilation, a shared layer, containers, batch norms with and without a layer before."""
@@ -59,7 +57,7 @@ def with_statistics(model: Any, mean=0.3) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(quick_compiler) -> Any:
+def trained() -> Any:
     """A network in training mode, and images."""
     net = with_statistics(Net(nnx.Rngs(0)))
     norm = net.blocks[0].layers[1]

@@ -22,8 +22,6 @@ from netdeconv_jax.whitening import (
     Stride,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def normal(shape, seed=0, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)

@@ -17,8 +17,6 @@ from jax.sharding import PartitionSpec as P
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, models
 from netdeconv_jax.interop import accumulate, merge_batch_norm
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 X = (

@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, models, ops
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 # 36 pixels: microbatches and the whole batch sample the same rows, whatever the layer.
 X = jax.random.normal(jax.random.key(0), (24, 6, 6, 6)) * jnp.arange(1, 25).reshape(-1, 1, 1, 1) + 1
 PARTS = X.reshape(3, 8, 6, 6, 6)

@@ -18,8 +18,6 @@ import netdeconv_jax
 from netdeconv_jax import WhiteningSpec
 from netdeconv_jax import nnx as dnnx
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 X = jnp.ones((2, 8, 8, 4))
 
 

@@ -13,8 +13,6 @@ from netdeconv_jax import DeconvDense
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import load_weights, nnx_update, nnx_variables, save_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 class Net(nnx.Module):
     def __init__(self, seed, dtype=jnp.float32):

@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, models
 from netdeconv_jax.interop import recalibrate
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 X = np.random.default_rng(0).standard_normal((24, 6, 6, 3)).astype(np.float32)
 X *= np.arange(1, 25, dtype=np.float32)[:, None, None, None] / 8
 PARTS = list(X.reshape(3, 8, 6, 6, 3))

@@ -14,7 +14,6 @@ from netdeconv_jax.ops import Moments
 from netdeconv_jax.whitening import Eigh, WhiteningSpec
 from netdeconv_jax.whitening.diagnostics import diagnostics
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 NAMES = {"effective_rank", "under_ridge", "whitener_norm", "rows_per_dim", "nonfinite"}
 EXACT = WhiteningSpec(root=Eigh(), eps=1e-3)
 

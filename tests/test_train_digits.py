@@ -16,8 +16,6 @@ from trainer_process import interruptible
 from train import augment, compare, data, loop
 from train import config as configs
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ROOT = Path(__file__).parents[1]
 SOURCE = str(ROOT / "configs" / "digits.py") + ":cnn,{}"
 # A quarter of the width: everything the loop does, compiled in seconds.
@@ -49,7 +47,7 @@ def trainer_of(config, digits):
 
 
 @pytest.fixture(scope="module")
-def trainers(quick_compiler, digits):
+def trainers(digits):
     """Both norms, compiled once for the whole file."""
     return {norm: trainer_of(small(norm), digits) for norm in NORMS}
 

@@ -18,8 +18,6 @@ from train.output import Output
 from train.tensorboard import Events
 from train.workdir import Workdir
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 SMALL = {
     "model.width": 0.25,
     "whitening.block_size": 8,
@@ -63,7 +61,7 @@ def largest_difference(one, other):
 
 
 @pytest.fixture(scope="module")
-def plain(quick_compiler):
+def plain():
     return {norm: trained(norm) for norm in ("none", "batch", "deconv")}
 
 

@@ -13,8 +13,6 @@ from train import config as configs
 from train import data, loop
 from train.output import Output
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 # Rounding grows with the learning rate: at 0.1 whitened LeNet turns 1e-6 into 1e-2 in these 20 steps, on one
 # device too if one bit of its first image is changed.
 SETTINGS = {
@@ -50,7 +48,7 @@ def trained(norm="deconv", devices=None, **settings):
 
 
 @pytest.fixture(scope="module")
-def alone(quick_compiler):
+def alone():
     return {norm: trained(norm, jax.devices()[:1]) for norm in ("batch", "deconv")}
 
 

@@ -5,14 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import linen as nn
 from flax import nnx
 
 from netdeconv_jax import DeconvConv, DeconvDense, WhiteningSpec
 from netdeconv_jax import nnx as dnnx
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 SPEC = WhiteningSpec(eps=1e-2).replace(num_iters=2)
 LAYERS, ROWS, WIDTH = 3, 8, 4
 STATS = ["batch_stats"]

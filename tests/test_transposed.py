@@ -16,8 +16,6 @@ from netdeconv_jax import DeconvConv, DeconvConvTranspose, ops
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import accumulate, recalibrate
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 LAYER: Any = DeconvConvTranspose  # for settings that a type checker cannot follow
 
 

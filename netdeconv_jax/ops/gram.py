@@ -13,6 +13,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+_HIGHEST = lax.Precision.HIGHEST
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def gram(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -21,8 +23,8 @@ def gram(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.
     Args:
       x: [..., d], floating point; the last axis is the variable.
       weights: [..., 1], of the rank of `x`, or None for ones.
-      axes: the sample axes, contracted as they are, so that one that is sharded over devices needs no
-        reshape; the others become leading axes of the result.
+      axes: the sample axes; over an explicit mesh they are contracted as they are, since one that is sharded
+        must not be merged with others. The other axes lead in the result.
     Returns:
       [*others, d, d] in the dtype of `x`; over an explicit mesh, replicated.
 
@@ -60,10 +62,17 @@ def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     lead = tuple(i for i in range(a.ndim - 1) if i not in axes)
     sharding = jax.typeof(a).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
+    if not explicit and all(a.shape[i] == 1 for i in lead):
+        # As a matrix: where several axes are contracted XLA first writes all samples out transposed.
+        d = a.shape[-1]
+        product = lax.dot_general(
+            a.reshape(-1, d), b.reshape(-1, d), (((0,), (0,)), ((), ())), precision=_HIGHEST
+        )
+        return product.reshape(*(1 for _ in lead), d, d)
     return lax.dot_general(
         a,
         b,
         ((axes, axes), (lead, lead)),
-        precision=lax.Precision.HIGHEST,
+        precision=_HIGHEST,
         out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None,
     )

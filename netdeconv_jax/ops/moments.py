@@ -82,8 +82,8 @@ def moments(
     """Return the moments of samples along `axes`, in two passes: first the mean, then the covariance.
 
     One pass over raw second moments loses every digit where the mean is a hundred deviations. The product
-    runs at HIGHEST precision and contracts `axes` as they are, so that a batch axis sharded over devices
-    needs no reshape; over an explicit mesh the result is replicated.
+    runs at HIGHEST precision. Over an explicit mesh `axes` are contracted as they are, since a sharded axis
+    must not be merged with others, and the result is replicated.
 
     Args:
       x: [..., d], floating point; the last axis is the variable.
