@@ -146,6 +146,20 @@ def grouped_moments(rows, groups, shared=True, weights=None):
     return (count, mean, cov) if len(sets) > 1 else (count[0], mean[0], cov[0])
 
 
+def local_norm(x, mask=None, eps=1e-5):
+    """(x - mean) / sqrt(var + eps), one sample after the other; mask [batch, *spatial] or None."""
+    x = np.asarray(x, np.float64)
+    result = np.zeros(x.shape)
+    for i, sample in enumerate(x):
+        weights = np.ones(sample.shape[:-1]) if mask is None or not mask[i].any() else mask[i]
+        kept = [(sample[p], weights[p]) for p in np.ndindex(weights.shape) if weights[p] > 0]
+        count = sum(weight for _, weight in kept) * sample.shape[-1]
+        mean = sum(weight * pixel.sum() for pixel, weight in kept) / count
+        var = sum(weight * ((pixel - mean) ** 2).sum() for pixel, weight in kept) / count
+        result[i] = (sample - mean) / np.sqrt(var + eps)
+    return result
+
+
 def whitened(rows, groups, mean, whitener, shared=True):
     """(X - mu) D, group by group; mean and whitener stacked as `grouped_moments` stacks them."""
     result = np.zeros(rows.shape)

@@ -59,11 +59,12 @@ def test_whitening_settings_reach_the_layers():
         "whitening.block_size": 16,
         "whitening.num_iters": 3,
         "whitening.method": "chebyshev",
+        "whitening.local_norm": "layer",
     }
     config = configs.load(source("cifar10"), changes)
     spec = loop.create_model(config, 10, None).spec
     assert spec == models.create("lenet").spec.replace(
-        block_size=16, num_iters=3, method="chebyshev"
+        block_size=16, num_iters=3, method="chebyshev", local_norm="layer"
     )
     fast = configs.load(source("cifar10"), {"whitening.preset": "fast", "whitening.momentum": 0.5})
     assert loop.create_model(fast, 10, None).spec == spec.fast().replace(momentum=0.5)

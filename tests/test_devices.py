@@ -21,8 +21,10 @@ LAYERS = {
     "conv per group": lambda **kw: DeconvConv(8, (3, 3), block_size=2, shared_whitener=False, **kw),
     "depthwise": lambda **kw: DeconvConv(6, (3, 3), feature_group_count=6, **kw),
     "frozen": lambda **kw: DeconvConv(8, (3, 3), freeze_schedule=(1, 4), **kw),
+    "conv of normalized samples": lambda **kw: DeconvConv(8, (3, 3), local_norm="layer", **kw),
     "channel": lambda **kw: ChannelDeconv(block_size=4, **kw),
     "dense": lambda **kw: DeconvDense(7, **kw),
+    "dense of normalized samples": lambda **kw: DeconvDense(7, local_norm="layer", **kw),
 }
 
 

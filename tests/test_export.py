@@ -84,6 +84,18 @@ def test_one_command_makes_a_program_of_a_trained_file(lenet, capsys):
     check(program, jax.jit(model.apply)(variables, x), x)
 
 
+def test_samples_that_are_normalized_are_so_in_the_program_too(lenet, tmp_path):
+    _, model, variables, x = lenet
+    path, config = tmp_path / "model.safetensors", {"whitening.local_norm": "layer"}
+    metadata = {"network": "lenet", "norm": "deconv", "num_classes": "10", "config": config}
+    save_weights(path, variables, metadata | {"input_shape": "[8, 8, 1]"})
+    assert main([str(path), "--format=stablehlo"]) == 0
+    program = jax.export.deserialize(bytearray(path.with_suffix(".stablehlo").read_bytes()))
+    normalizing = model.clone(spec=model.spec.replace(local_norm="layer"))
+    expected = jax.jit(normalizing.apply)(variables, x)
+    np.testing.assert_allclose(program.call(x), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_the_size_may_be_another(lenet, tmp_path, capsys):
     path, *_ = lenet
     output = tmp_path / "wide"
@@ -146,6 +158,7 @@ def test_what_is_wrong_with_a_command_is_said_in_one_line(lenet, tmp_path, capsy
 def test_a_file_of_the_trainer_gives_the_network_of_its_config(tmp_path):
     for changes in (
         {"model.width": 0.5, "whitening.block_size": 16, "whitening.grouping": "contiguous"},
+        {"whitening.local_norm": "layer"},
         {"whitening.preset": "fast", "model.layout": "original", "dtype": "bfloat16"},
     ):
         config = configs.load("configs/cifar10.py:resnet18,deconv", changes)

@@ -191,6 +191,25 @@ def test_a_batch_norm_before_its_convolution_stays_as_scale_and_bias(name, layou
     assert not KERNELS_OF_WHITENING & set(primitives(jax.make_jaxpr(plain.apply)(folded, x).jaxpr))
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("lenet", "full"), pytest.param("efficientnet_b0", "original", marks=pytest.mark.slow)],
+)
+def test_samples_that_are_normalized_still_are_in_a_folded_network(name, layout):
+    spec = WhiteningSpec(local_norm="layer")
+    model, variables, x = made_up(name, layout=layout, width=0.25, spec=spec)
+    plain, folded = fold(model, variables)
+    assert isinstance(plain, FoldedModel)
+    assert set(folded) == {"params"}
+    expected = jax.jit(model.apply)(variables, x)
+    found = jax.jit(plain.apply)(folded, x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    left = KERNELS_OF_WHITENING & set(primitives(jax.make_jaxpr(plain.apply)(folded, x).jaxpr))
+    assert left == {"rsqrt"}
+    batch, _ = fold(*made_up(name, "batch", spec=spec)[:2])  # in which nothing whitens
+    assert batch.norm == "none"
+
+
 def test_missing_statistics_and_left_over_parameters_are_refused():
     model, variables, _ = made_up("lenet")
     with pytest.raises(ValueError, match="no `batch_stats` of the layer 'conv1'"):
@@ -204,6 +223,8 @@ def test_missing_statistics_and_left_over_parameters_are_refused():
 
 
 class Net(nn.Module):
+    local_norm: str | None = None
+
     @nn.compact
     def __call__(self, x, train):
         use: Any = {"use_running_average": not train}
@@ -212,18 +233,23 @@ class Net(nn.Module):
         )
         for _ in range(2):  # shared
             x = nn.relu(layer(jnp.pad(x, [(0, 0)] * 3 + [(0, 8 - x.shape[-1])])))
-        x = DeconvConv(8, (3, 1), 2, feature_group_count=4, use_bias=False, **use)(x)
+        x = DeconvConv(
+            8, (3, 1), 2, feature_group_count=4, use_bias=False, local_norm=self.local_norm, **use
+        )(x)
         x = nn.BatchNorm(momentum=0.9, **use)(x)
         x = ChannelDeconv(block_size=4, **use)(nn.Conv(8, (1, 1))(x))
         x = DeconvConv(
             8, (3, 3), whiten="channels", kernel_dilation=2, freeze_schedule=(1, 9), **use
         )(x)
-        x = DeconvConvTranspose(8, (3, 2), (2, 1), transpose_kernel=True, **use)(nn.relu(x))
-        return DeconvDense(5, **use)(x.mean((1, 2)))
+        x = DeconvConvTranspose(
+            8, (3, 2), (2, 1), transpose_kernel=True, local_norm=self.local_norm, **use
+        )(nn.relu(x))
+        return DeconvDense(5, local_norm=self.local_norm, **use)(x.mean((1, 2)))
 
 
-def test_any_module_folds_to_one_with_plain_layers():
-    model, x = Net(), 1 + jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
+@pytest.mark.parametrize("local_norm", [None, "layer"])
+def test_any_module_folds_to_one_with_plain_layers(local_norm):
+    model, x = Net(local_norm), 1 + jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
     variables: Any = model.init(jax.random.key(1), x, False)
     for _ in range(2):
         _, updates = model.apply(variables, x, True, mutable=["batch_stats"])
@@ -247,8 +273,9 @@ def test_any_module_folds_to_one_with_plain_layers():
     assert ours.count("dot_general") == 2  # ChannelDeconv and the dense layer
 
 
-def test_low_precision_is_rounded_as_in_evaluation():
-    layer = DeconvConv(8, (3, 3), dtype=jnp.bfloat16)
+@pytest.mark.parametrize("local_norm", [None, "layer"])
+def test_low_precision_is_rounded_as_in_evaluation(local_norm):
+    layer = DeconvConv(8, (3, 3), dtype=jnp.bfloat16, local_norm=local_norm)
     x = 30 + jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     variables: Any = layer.init(jax.random.key(1), x, True)
     _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
@@ -258,6 +285,10 @@ def test_low_precision_is_rounded_as_in_evaluation():
     found = plain.apply(folded, x, use_running_average=True)
     assert found.dtype == expected.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, expected)
+    mask = jnp.ones((4, 1, 8, 1)).at[..., 4:, :].set(0)  # which counts where samples are normalized
+    again = plain.apply(folded, x, use_running_average=True, mask=mask)
+    np.testing.assert_array_equal(again, layer.apply(variables, x, True, mask=mask))
+    assert bool((again != found).any()) == (local_norm is not None)
 
 
 def test_a_module_that_is_none_of_the_zoo_needs_an_input():

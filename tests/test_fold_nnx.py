@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+from netdeconv_jax import WhiteningSpec
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import fold
 
@@ -117,6 +118,21 @@ def test_low_precision_is_rounded_as_in_evaluation():
     found = fold(layer)(x)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, layer(x))
+
+
+@pytest.mark.parametrize("mask", [None, jnp.ones((4, 6, 1, 1)).at[:, 4:].set(0)])
+def test_samples_that_are_normalized_still_are(mask):
+    rngs, spec = nnx.Rngs(0), WhiteningSpec(local_norm="layer")
+    x = 1 + jax.random.normal(jax.random.key(0), (4, 6, 5, 4))
+    for layer in (
+        dnnx.DeconvConv(4, 6, (3, 3), spec=spec, rngs=rngs),
+        dnnx.DeconvConvTranspose(4, 6, (3, 3), 2, spec=spec, rngs=rngs),
+        dnnx.DeconvDense(4, 6, dtype=jnp.bfloat16, spec=spec, rngs=rngs),
+    ):
+        expected = with_statistics(layer)(x, use_running_average=True, mask=mask)
+        found = fold(layer)(x, mask=mask)
+        assert found.dtype == expected.dtype
+        close(found, expected)
 
 
 def test_an_output_that_others_read_keeps_its_batch_norm():

@@ -21,6 +21,7 @@ BAD_SETTINGS = {
     "unknown method": (ValueError, r"`method` .* 'cholesky'", {"method": "cholesky"}),
     "unknown grouping": (ValueError, r"`grouping` .* 'random'", {"grouping": "random"}),
     "unknown whiten": (ValueError, r"`whiten` .* 'pixels'", {"whiten": "pixels"}),
+    "unknown local norm": (ValueError, r"`local_norm` .* 'batch'", {"local_norm": "batch"}),
     "eps 0": (ValueError, r"`eps` .* got 0", {"eps": 0.0}),
     "eps twice": (ValueError, r"`epsilon` .* 0\.1 and 0\.2", {"eps": 0.2, "epsilon": 0.1}),
     "momentum 1": (ValueError, r"`momentum` .* got 1", {"momentum": 1.0}),

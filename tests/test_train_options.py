@@ -102,6 +102,15 @@ def test_precise_statistics_are_used_by_the_evaluation_and_left_out_of_the_train
     assert row["test_accuracy"] > 0.8
 
 
+def test_samples_can_be_normalized_before_they_are_whitened(plain):
+    trainer, watch, row = trained(**{"whitening.local_norm": "layer"})
+    assert trainer.model.spec.local_norm == "layer"
+    assert largest_difference(watch.states[0].batch_stats, plain["deconv"][1].states[0].batch_stats)
+    assert row["test_accuracy"] > 0.8
+    with pytest.raises(ValueError, match=r"`local_norm` must be one of .*, got 'group'"):
+        trained(**{"whitening.local_norm": "group"})
+
+
 def test_label_smoothing_is_optax_s(plain):
     trainer, _, _ = trained(label_smoothing=0.1)
     logits = jax.random.normal(jax.random.key(0), (5, 10))

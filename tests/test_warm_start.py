@@ -167,6 +167,13 @@ def test_norms_that_are_not_per_feature_or_not_what_they_seem_stay_as_they_are()
     assert set(converted.report(X).kept) == {"gamma", "rows", "head"}
 
 
+def test_a_spec_that_normalizes_samples_is_refused():
+    spec = WhiteningSpec(local_norm="layer")
+    for model, given in ((sequential(), spec), (models.create("cnn", "batch", spec=spec), None)):
+        with pytest.raises(ValueError, match=r"`spec` must have no `local_norm` .* got 'layer'"):
+            warm_start(model, {}, [X], given)
+
+
 def test_a_function_that_would_be_another_is_refused():
     class Odd(OwnBatchNorm):
         @nn.compact

@@ -91,6 +91,7 @@ _WHITENING = {
     "whiten": str,
     "grouping": str,
     "shared_whitener": bool,
+    "local_norm": str,
     "method": str,
     "ridge": float,  # of method "eigh", relative to the norm
 }

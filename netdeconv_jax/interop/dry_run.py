@@ -33,10 +33,12 @@ class Layer:
       groups: of the columns of a layer that whitens; of a transposed convolution, its geometry and spec,
         from which those of each phase follow; None for layers that do not whiten.
       dtype: of computation, None where it follows from the arrays.
+      local_norm: how it normalizes each sample before it whitens, if it does.
     """
 
     groups: ops.ColumnGroups | tuple[ops.Transposed, WhiteningSpec] | None
     dtype: Any
+    local_norm: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +138,16 @@ def _layer(module, path, params, x):
     """The record of a layer, and the shape of its output."""
     kernel = jnp.shape(params[(*path, "kernel")])
     geometry = geometry_of(module)
+    spec: Any = module.resolved_spec() if isinstance(module, WHITENED) else None
+    local_norm = spec.local_norm if spec else None
     if len(kernel) != 2 + (geometry.ndim if geometry else 0):
         raise ValueError(
             f"`variables` hold a kernel of shape {kernel} for {'/'.join(path)!r}, not that of one layer: "
             "layers under `nn.scan` or `nn.vmap` cannot be folded."
         )
     if geometry is None:
-        groups = None
-        if isinstance(module, DeconvDense):
-            groups = dense_groups(module.resolved_spec(), kernel[0])
-        return Layer(groups, module.dtype), (*x.shape[:-1], kernel[-1])
+        groups = dense_groups(spec, kernel[0]) if spec else None
+        return Layer(groups, module.dtype, local_norm), (*x.shape[:-1], kernel[-1])
     if isinstance(geometry, ops.Transposed):
         features = kernel[-2 if geometry.transpose_kernel else -1]
         arrays = [
@@ -153,16 +155,15 @@ def _layer(module, path, params, x):
             for shape in (x.shape, kernel, (*geometry.strides, features))
         ]
         convolve = functools.partial(plain_conv_transpose, geometry=geometry)
-        return Layer((geometry, module.resolved_spec()), module.dtype), jax.eval_shape(
+        return Layer((geometry, spec), module.dtype, local_norm), jax.eval_shape(
             convolve, *arrays
         ).shape
-    groups = None
-    if isinstance(module, DeconvConv):
-        count = module.feature_group_count
-        groups = conv_groups(module.resolved_spec(), kernel[-2] * count, geometry.taps, count)
+    groups, count = None, module.feature_group_count
+    if spec:
+        groups = conv_groups(spec, kernel[-2] * count, geometry.taps, count)
     batch, spatial = x.shape[: -geometry.ndim - 1], x.shape[-geometry.ndim - 1 : -1]
     out = geometry.out_shape(spatial, geometry.strides)
-    return Layer(groups, module.dtype), (*batch, *out, kernel[-1])
+    return Layer(groups, module.dtype, local_norm), (*batch, *out, kernel[-1])
 
 
 def _used_nowhere(jaxpr: Any) -> set[Path]:

@@ -27,6 +27,7 @@ from netdeconv_jax.linen import DeconvDense, DeconvolvedModel
 from netdeconv_jax.linen.batch_norms import first_argument, in_trial
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening.conv import plain_conv, plain_dense
+from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.transposed import fold_transposed, plain_conv_transpose
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class FoldedModel:
     """A Linen module whose layers run as the plain ones that `fold` made of them.
 
     A layer that whitened has a kernel and a bias; that of a `DeconvConvTranspose` is [*strides, features],
-    one bias for each place modulo the strides. Where `affine_norms`, a batch norm is its scale and bias.
+    one bias for each place modulo the strides. One with `local_norm` still normalizes each sample, by itself
+    and so without statistics. Where `affine_norms`, a batch norm is its scale and bias.
 
     Attributes:
       model: the module that was folded, or the converted model.
@@ -92,8 +94,9 @@ def fold(
     A network of the zoo comes back as its twin of `norm="none"`, batch norms folded into the convolutions
     before them. One with a batch norm that follows no convolution (a pre-activation network or `linear`,
     of `norm="batch"`) has no such twin: the norm cannot pass the ReLU behind it, nor a sum that others read
-    too, so that all its norms stay as a scale and a bias per channel, in a `FoldedModel`. Any other Linen
-    module comes back as a `FoldedModel`, whose `apply` is that of the module; what it holds besides, batch
+    too, so that all its norms stay as a scale and a bias per channel, in a `FoldedModel`. Nor has a network
+    whose layers whiten with `local_norm`: what they divide by is each sample's own. Any other Linen module
+    comes back as a `FoldedModel`, whose `apply` is that of the module; what it holds besides, batch
     norms and `ChannelDeconv` too, stays as it is.
 
     An NNX module comes back as a copy in evaluation mode, in which each layer of `netdeconv_jax.nnx` is a
@@ -148,6 +151,7 @@ def fold(
     if not zoo:
         return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
     lone = any(norm.behind is None for norm in norms.values())
+    lone |= any(layer.local_norm is not None for layer in layers.values())
     for path, norm in norms.items():
         if lone:  # its convolutions have no bias that could take up what a norm adds
             norm = dataclasses.replace(norm, behind=None)
@@ -254,11 +258,18 @@ def plainly(run, args, kwargs, context):
     kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
     promoted, *_ = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
     kernel = kernel.astype(promoted.dtype)
+    geometry: Any = geometry_of(module)
+    x = locally_normalized(
+        x,
+        module.resolved_spec().local_norm,
+        ndim=geometry.ndim if geometry else 0,
+        mask=kwargs.get("mask"),
+        dtype=kernel.dtype,
+    )
     if isinstance(module, DeconvDense):
         return plain_dense(
             x, kernel, bias, precision=module.precision, dot_general=module.dot_general
         )
-    geometry: Any = geometry_of(module)
     if isinstance(geometry, ops.Transposed):
         return plain_conv_transpose(
             x,

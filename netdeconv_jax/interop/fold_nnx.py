@@ -18,6 +18,7 @@ from netdeconv_jax import ops
 from netdeconv_jax.interop.fold import merged
 from netdeconv_jax.nnx import DeconvConv, DeconvConvTranspose, DeconvDense
 from netdeconv_jax.whitening.conv import conv_groups, dense_groups, plain_conv, plain_dense
+from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.transposed import fold_transposed, plain_conv_transpose
 
 Path = tuple[Any, ...]
@@ -26,18 +27,20 @@ Path = tuple[Any, ...]
 class _Plain:
     """A plain layer that is called as the whitened one in whose place it stands."""
 
-    geometry: Any
+    geometry: Any = None
+    local_norm: str | None = None
 
-    def _input(self: Any, x: Any = None, *_: Any, inputs: Any = None, **__: Any) -> jax.Array:
+    def _arrays(
+        self: Any, x: Any = None, *_: Any, inputs: Any = None, mask: Any = None, **__: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         x = jnp.asarray(inputs if x is None else x)
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return x
-        return x.astype(self.dtype or self.kernel[...].dtype)  # images of integers
-
-    def _arrays(self: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel, bias = self.kernel[...], self.bias[...]
-        promoted, *_ = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
-        return kernel.astype(promoted.dtype), bias
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            x = x.astype(self.dtype or kernel.dtype)  # images of integers
+        dtype = self.promote_dtype((x, kernel, bias), dtype=self.dtype)[0].dtype
+        ndim = 0 if self.geometry is None else self.geometry.ndim
+        x = locally_normalized(x, self.local_norm, ndim=ndim, mask=mask, dtype=dtype)
+        return x, kernel.astype(dtype), bias
 
 
 class PlainConv(_Plain, nnx.Conv):
@@ -45,10 +48,8 @@ class PlainConv(_Plain, nnx.Conv):
 
     def __call__(self, *args: Any, **kwargs: Any):
         """Convolve; what says which statistics to take has nothing to say any more."""
-        x = self._input(*args, **kwargs)
         return plain_conv(
-            x,
-            *self._arrays(x),
+            *self._arrays(*args, **kwargs),
             geometry=self.geometry,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
@@ -62,10 +63,8 @@ class PlainLinear(_Plain, nnx.Linear):
 
     def __call__(self, *args: Any, **kwargs: Any):
         """Multiply; see `PlainConv`."""
-        x = self._input(*args, **kwargs)
         return plain_dense(
-            x,
-            *self._arrays(x),
+            *self._arrays(*args, **kwargs),
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
             dot_general=self.dot_general,
@@ -83,10 +82,8 @@ class PlainConvTranspose(_Plain, nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any):
         """Convolve; see `PlainConv`."""
-        x = self._input(*args, **kwargs)
         return plain_conv_transpose(
-            x,
-            *self._arrays(x),
+            *self._arrays(*args, **kwargs),
             geometry=self.geometry,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
@@ -171,6 +168,7 @@ def _plain(path: Path, layer: Any) -> Any:
             **shared,
         )
         plain.geometry = geometry
+    plain.local_norm = layer.spec.local_norm
     plain.kernel = nnx.Param(kernel.astype(arrays[0].dtype))
     plain.bias = nnx.Param(bias.astype(arrays[0].dtype))
     return plain

@@ -65,7 +65,7 @@ def warm_start(
       variables: `params`, `batch_stats` and whatever else, as training left them.
       batches: iterable of inputs, some hundreds of images in all, of the size that training will use: from
         these the running statistics are taken, as by `recalibrate`.
-      spec: how the new layers whiten.
+      spec: how the new layers whiten, without `local_norm`, which no kernel could undo.
       dense, keep, axis_name: as `deconvolve`.
       apply_kwargs: what makes the model run in evaluation, default `{"train": False}`; hashable values.
       rngs: as `model.apply`, if it needs them in evaluation.
@@ -73,8 +73,9 @@ def warm_start(
       The model and its variables. The model is `deconvolve(model, spec, ...)`; of a network of the zoo it is
       its twin of `norm="deconv"`, if all its batch norms fold.
     Raises:
-      ValueError: `batches` is empty; `model` has nothing to convert, or layers stacked by `nn.scan`;
-        or on the first batch outputs differ by more than rounding, as where a norm is not what it seems.
+      ValueError: `batches` is empty; `spec` has a `local_norm`; `model` has nothing to convert, or layers
+        stacked by `nn.scan`; or on the first batch outputs differ by more than rounding, as where a norm is
+        not what it seems.
       TypeError: `spec` is no `WhiteningSpec`.
 
     Source: ours.
@@ -90,7 +91,12 @@ def warm_start(
       >>> bool(jnp.allclose(model.apply(variables, x), net.apply(trained, x), atol=1e-4))
       True
     """
-    layer_spec(spec, WhiteningSpec())
+    own = model.spec if isinstance(model, Network) else WhiteningSpec()
+    if (local_norm := layer_spec(spec, own).local_norm) is not None:
+        raise ValueError(
+            f"`spec` must have no `local_norm` for a warm start, got {local_norm!r}: each sample would be "
+            "divided by its own deviation, which is another function than the one that was trained."
+        )
     flags = {"train": False} if apply_kwargs is None else dict(apply_kwargs)
     batches = iter(batches)
     if (x := next(batches, None)) is None:

@@ -79,7 +79,7 @@ class _Whitened(nn.Module):
         """Return `spec`, or the layer's defaults, with the keywords that were given laid over it."""
         names = (
             "eps epsilon block_size num_iters momentum sampling_stride whiten grouping shared_whitener "
-            "method freeze_schedule"
+            "method freeze_schedule local_norm"
         )
         settings = {name: getattr(self, name, None) for name in names.split()}
         return layer_spec(getattr(self, "spec", None), self._defaults, **settings)
@@ -172,6 +172,7 @@ class _Deconvolved(_Whitened):
     block_size: int | None = None
     shared_whitener: bool | None = None
     freeze_schedule: Freeze | tuple[int, int] | None = None
+    local_norm: str | None = None
 
     @nn.nowrap
     def _declare_params(
@@ -253,6 +254,8 @@ class DeconvConv(_Deconvolved):
       shared_whitener: one mean and whitener for all groups (True).
       method: `"newton_schulz"`, `"chebyshev"` or `"eigh"`.
       freeze_schedule: `Freeze(active_steps, period)` or a pair of ints.
+      local_norm: `"layer"` to centre each sample and divide it by its own deviation, over its pixels and
+        channels, before statistics are taken; pixels that `mask` weighs 0 are left out, in evaluation too.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
 
@@ -459,7 +462,8 @@ class DeconvDense(_Deconvolved):
       features, use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
         dot_general: as `nn.Dense`.
       use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; without `spec`
-        the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen.
+        the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen. What
+        `local_norm` normalizes is each vector along the last axis.
 
     Source: Delinear of the original code.
 

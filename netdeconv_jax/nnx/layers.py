@@ -200,8 +200,8 @@ class DeconvConv(_Deconvolved):
         not; the call's is one of the samples.
       use_running_average, axis_name, axis_index_groups: as `nnx.BatchNorm`.
       spec, block_size, eps, epsilon, num_iters, momentum, sampling_stride, whiten, grouping,
-        shared_whitener, method, freeze_schedule: as `netdeconv_jax.DeconvConv`. The attribute `spec` holds
-        what they come to.
+        shared_whitener, method, freeze_schedule, local_norm: as `netdeconv_jax.DeconvConv`. The attribute
+        `spec` holds what they come to.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
 
@@ -255,6 +255,7 @@ class DeconvConv(_Deconvolved):
         shared_whitener: bool | None = None,
         method: str | None = None,
         freeze_schedule: Freeze | tuple[int, int] | None = None,
+        local_norm: str | None = None,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
@@ -273,6 +274,7 @@ class DeconvConv(_Deconvolved):
             shared_whitener=shared_whitener,
             method=method,
             freeze_schedule=freeze_schedule,
+            local_norm=local_norm,
         )
         super().__init__(
             spec, use_running_average, dtype, param_dtype, axis_name, axis_index_groups
@@ -413,6 +415,7 @@ class DeconvConvTranspose(_Deconvolved):
         shared_whitener: bool | None = None,
         method: str | None = None,
         freeze_schedule: Freeze | tuple[int, int] | None = None,
+        local_norm: str | None = None,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
@@ -431,6 +434,7 @@ class DeconvConvTranspose(_Deconvolved):
             shared_whitener=shared_whitener,
             method=method,
             freeze_schedule=freeze_schedule,
+            local_norm=local_norm,
         )
         super().__init__(
             spec, use_running_average, dtype, param_dtype, axis_name, axis_index_groups
@@ -519,7 +523,8 @@ class DeconvDense(_Deconvolved):
       in_features, out_features, use_bias, dtype, param_dtype, precision, kernel_init, bias_init, dot_general,
         promote_dtype, preferred_element_type, rngs, kernel_metadata, bias_metadata: as `nnx.Linear`.
       use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; without `spec`
-        the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen.
+        the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen. What
+        `local_norm` normalizes is each vector along the last axis.
 
     Source: Delinear of the original code.
 
@@ -560,6 +565,7 @@ class DeconvDense(_Deconvolved):
         shared_whitener: bool | None = None,
         method: str | None = None,
         freeze_schedule: Freeze | tuple[int, int] | None = None,
+        local_norm: str | None = None,
         rngs: nnx.Rngs,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
@@ -575,6 +581,7 @@ class DeconvDense(_Deconvolved):
             shared_whitener=shared_whitener,
             method=method,
             freeze_schedule=freeze_schedule,
+            local_norm=local_norm,
         )
         super().__init__(
             spec, use_running_average, dtype, param_dtype, axis_name, axis_index_groups

@@ -3,6 +3,7 @@
 from netdeconv_jax.ops.fold import fold
 from netdeconv_jax.ops.grouping import ColumnGroups, column_groups, effective_block
 from netdeconv_jax.ops.inverse_sqrt import inverse_sqrt
+from netdeconv_jax.ops.local_norm import local_norm
 from netdeconv_jax.ops.moments import Moments, moments
 from netdeconv_jax.ops.patch_moments import patch_moments, sampled_rows
 from netdeconv_jax.ops.patches import Padding, Window, extract_patches, window
@@ -25,6 +26,7 @@ __all__ = [
     "extract_patches",
     "fold",
     "inverse_sqrt",
+    "local_norm",
     "moments",
     "newton_schulz",
     "patch_moments",

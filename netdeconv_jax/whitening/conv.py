@@ -10,6 +10,7 @@ from jax import lax
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import full_mask
+from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
@@ -103,12 +104,13 @@ def deconv_conv(
     batch_shape = x.shape[: -geometry.ndim - 1]
     if not (use_running_average or x.size):
         raise ValueError(f"`x` has no samples to take statistics from: shape {x.shape}.")
+    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    x = locally_normalized(x, spec.local_norm, ndim=geometry.ndim, mask=mask, dtype=dtype)
     if mask is not None and len(batch_shape) != 1:
         mask = full_mask(mask, x)
         mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
         mask = mask.reshape(math.prod(batch_shape), *mask.shape[len(batch_shape) :])
     x = x.reshape(math.prod(batch_shape), *x.shape[len(batch_shape) :])
-    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     groups = conv_groups(spec, x.shape[-1], geometry.taps, feature_group_count)
     mean, whitener, running = statistics(
         lambda: ops.patch_moments(
@@ -199,6 +201,7 @@ def deconv_dense(
     Source: Delinear of the original code.
     """
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    x = locally_normalized(x, spec.local_norm, ndim=0, mask=mask, dtype=dtype)
     groups = dense_groups(spec, x.shape[-1])
 
     def batch_moments():

@@ -8,6 +8,7 @@ import numpy as np
 from netdeconv_jax.ops import grouping as grouping_ops
 from netdeconv_jax.ops import roots
 from netdeconv_jax.ops.inverse_sqrt import METHODS
+from netdeconv_jax.whitening.local_norm import LOCAL_NORMS
 from netdeconv_jax.whitening.strategies import (
     Budget,
     Chebyshev,
@@ -36,12 +37,15 @@ class WhiteningSpec:
       momentum: float in [0, 1), Flax's: `new = momentum * old + (1 - momentum) * batch`.
       whiten: `"patches"`, pixels and channels, or `"channels"`, one whitener for all kernel taps.
       freeze: `Freeze(active_steps, period)` or None.
+      local_norm: None, or `"layer"`: before statistics are taken, each sample is centred and divided by its
+        own deviation, over its pixels and channels (in a dense layer over the last axis), see
+        `ops.local_norm`.
 
     The keywords `method`, `num_iters`, `sampling_stride`, `block_size`, `shared_whitener`, `freeze_schedule`
     and the names `"interleaved"` and `"contiguous"` are shorthand for the strategies, here and in `replace`.
 
     Raises:
-      ValueError: a value out of range, or an unknown `method`, `grouping` or `whiten`.
+      ValueError: a value out of range, or an unknown `method`, `grouping`, `whiten` or `local_norm`.
       TypeError: a value of the wrong type, or an unknown keyword.
 
     Source: Ye et al. 2020; the values of the original code.
@@ -61,6 +65,7 @@ class WhiteningSpec:
     momentum: float
     whiten: str
     freeze: Freeze | None
+    local_norm: str | None
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class WhiteningSpec:
         momentum: float = 0.9,
         whiten: str = "patches",
         freeze: Freeze | tuple[int, int] | None = None,
+        local_norm: str | None = None,
         block_size: int | None = None,
         shared_whitener: bool | None = None,
         sampling_stride: int | None = None,
@@ -89,6 +95,7 @@ class WhiteningSpec:
             "momentum": momentum,
             "whiten": whiten,
             "freeze": None,
+            "local_norm": None,
         }
         for name, value in _resolve(defaults, given).items():
             object.__setattr__(self, name, value)
@@ -189,6 +196,10 @@ def _check(settings: dict[str, Any]) -> None:
         )
     if settings["whiten"] not in WHITEN:
         raise ValueError(f"`whiten` must be one of {WHITEN}, got {settings['whiten']!r}.")
+    if settings["local_norm"] not in LOCAL_NORMS:
+        raise ValueError(
+            f"`local_norm` must be one of {LOCAL_NORMS}, got {settings['local_norm']!r}."
+        )
     for name, kinds, what in (
         ("sampling", (Stride, Budget), "`Stride(...)` or `Budget(...)`"),
         ("grouping", (Interleaved, Contiguous), "`Interleaved(...)` or `Contiguous(...)`"),

@@ -11,6 +11,7 @@ import numpy as np
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import full_mask
 from netdeconv_jax.whitening.conv import conv_groups, sampling_stride
+from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
@@ -63,6 +64,8 @@ def deconv_conv_transpose(
     batch_shape = x.shape[: -geometry.ndim - 1]
     if not (use_running_average or x.size):
         raise ValueError(f"`x` has no samples to take statistics from: shape {x.shape}.")
+    dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
+    x = locally_normalized(x, spec.local_norm, ndim=geometry.ndim, mask=mask, dtype=dtype)
     if mask is not None:
         mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1))
         mask = mask.reshape(math.prod(batch_shape), *mask.shape[len(batch_shape) :])
@@ -101,13 +104,7 @@ def deconv_conv_transpose(
         batch_moments, running, spec, use_running_average=use_running_average, moments=moments
     )
     kernel, bias = fold_transposed(
-        kernel,
-        bias,
-        mean,
-        whitener,
-        geometry=geometry,
-        spec=spec,
-        dtype=dtype or jnp.promote_types(x.dtype, kernel.dtype),
+        kernel, bias, mean, whitener, geometry=geometry, spec=spec, dtype=dtype
     )
     y = _convolve(
         x, kernel, bias, geometry, full, precision, preferred_element_type, conv_general_dilated
