@@ -2,8 +2,8 @@
 
 A list of contenders is written `norm[:setting[,setting...]][,norm...]`. A setting is `fast`, for
 `WhiteningSpec.fast()`; `no_root`, for statistics and folding with a root that takes no product; or
-`key=value`, a keyword of `WhiteningSpec` or one of `tol`, `ridge` and `rows_per_dim`. So
-`batch,deconv,deconv:fast,block_size=32,deconv:method=chebyshev` names four.
+`key=value`, a keyword of `WhiteningSpec` or one of `tol`, `ridge`, `chebyshev_ridge` and
+`rows_per_dim`. So `batch,deconv,deconv:fast,block_size=32,deconv:method=chebyshev` names four.
 """
 
 import ast
@@ -17,12 +17,13 @@ import optax
 
 from netdeconv_jax import WhiteningSpec, models, ops
 from netdeconv_jax.models.units import NORMS
-from netdeconv_jax.whitening import Budget, Chebyshev, Eigh
+from netdeconv_jax.whitening import Budget, Chebyshev, ChebyshevRidge, Eigh
 
 RATE = 1e-3  # random labels teach nothing; a small rate keeps the loss finite
 _STRATEGIES = {
     "tol": lambda tol: {"root": Chebyshev(tol)},
     "ridge": lambda ridge: {"root": Eigh(ridge)},
+    "chebyshev_ridge": lambda ridge: {"root": ChebyshevRidge(ridge)},
     "rows_per_dim": lambda rows: {"sampling": Budget(rows)},
 }
 

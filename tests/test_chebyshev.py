@@ -8,6 +8,7 @@ from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.polynomial import chebyshev_coefficients
+from netdeconv_jax.whitening import ChebyshevRidge
 
 
 def scalar_recursion(x, num_iters):
@@ -115,3 +116,59 @@ def test_a_number_of_steps_that_is_no_int_is_refused_whatever_ran_before(num_ite
     ops.chebyshev(jnp.eye(2), num_iters=5)
     with pytest.raises(TypeError, match="`num_iters` must be a static int"):
         ops.chebyshev(jnp.eye(2), num_iters=num_iters)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+@pytest.mark.parametrize(
+    ("ridge", "tol", "expected"), [(3e-2, 1e-2, 5), (1e-2, 1e-3, 9), (3e-3, 1e-3, 13)]
+)
+def test_the_root_with_a_ridge_is_the_exact_one_to_the_tolerance(ridge, tol, expected, condition):
+    vectors, values, a = covariance(condition)
+    root = lambda a: ops.chebyshev_ridge(a, ridge=ridge, tol=tol)  # noqa: E731
+    with jax.enable_x64():
+        ours = np.asarray(root(jnp.asarray(a)))
+    in_eigenbasis = vectors.T @ ours @ vectors
+    exact = (values + ridge * np.linalg.norm(values)) ** -0.5
+    np.testing.assert_allclose(np.diag(in_eigenbasis), exact, rtol=tol)
+    off_diagonal = in_eigenbasis - np.diag(np.diag(in_eigenbasis))
+    assert np.abs(off_diagonal).max() < 1e-12 * exact.max() * len(values)
+    assert products(root, a) == expected == ChebyshevRidge(ridge, tol).products
+
+
+def test_the_gradient_of_the_root_with_a_ridge_is_that_of_the_exact_one():
+    _, _, a = covariance(1e5)
+    direction = np.random.default_rng(1).standard_normal(a.shape)
+    with jax.enable_x64():
+        ours, exact = (
+            jax.grad(lambda a, root=root: jnp.vdot(root(a), direction))(jnp.asarray(a))
+            for root in (
+                lambda a: ops.chebyshev_ridge(a, ridge=1e-2, tol=1e-4),
+                lambda a: ops.eigh(a, ridge=1e-2),
+            )
+        )
+    assert jnp.linalg.norm(ours - exact) < 5e-3 * jnp.linalg.norm(exact)
+
+
+def test_float32_bears_the_longest_polynomial():
+    a = jnp.asarray(covariance(1e5, d=200)[2], jnp.float32)
+    ours = ops.chebyshev_ridge(a, ridge=2e-3, tol=1e-4)
+    expected = ops.eigh(a, ridge=2e-3)
+    assert jnp.linalg.norm(ours - expected) < 3e-4 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("ridge", "tol", "message"),
+    [
+        (0.0, 1e-3, "`ridge` must be greater than 0, got 0.0"),
+        (float("nan"), 1e-3, "`ridge` must be greater than 0, got nan"),
+        (1e-4, 1e-3, "`ridge`=0.0001 is too small for `tol`=0.001"),
+        (1e-2, 0.0, "`tol` must be greater than 0, got 0.0"),
+    ],
+)
+def test_a_ridge_that_no_polynomial_reaches_is_refused(ridge, tol, message):
+    for make in (
+        lambda: ops.chebyshev_ridge(jnp.eye(2), ridge=ridge, tol=tol),
+        lambda: ChebyshevRidge(ridge, tol),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()

@@ -59,7 +59,7 @@ def check(program, expected, x):
 
 
 @pytest.fixture(scope="module")
-def lenet(tmp_path_factory, quick_compiler) -> Any:
+def lenet(tmp_path_factory) -> Any:
     """A trained file, without the config that the trainer adds; model, variables and images."""
     model, x = models.create("lenet"), np.random.default_rng(1).normal(size=(3, 8, 8, 1))
     x = x.astype(np.float32)

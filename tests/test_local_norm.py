@@ -19,8 +19,6 @@ import netdeconv_jax
 from netdeconv_jax import DeconvConv, DeconvConvTranspose, DeconvDense, WhiteningSpec, ops
 from netdeconv_jax import nnx as dnnx
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ON: Any = {"local_norm": "layer"}
 FEW: Any = {"block_size": 2, "sampling_stride": 1}
 LAYERS: Any = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from netdeconv_jax.whitening import Eigh
+from netdeconv_jax.whitening import ChebyshevRidge, Eigh
 from train import config as configs
 from train import loop, whitening
 from train.data.resident import Resident
@@ -163,6 +163,8 @@ def test_a_detached_root_is_the_same_root_without_a_gradient():
 def test_a_ridge_reaches_the_exact_root_and_no_other():
     spec = whitening.create(whitening_config(method="eigh", ridge=0.01))
     assert spec.root == Eigh(0.01)
+    spec = whitening.create(whitening_config(method="chebyshev", ridge=0.01))
+    assert spec.root == ChebyshevRidge(0.01)
     with pytest.raises(ValueError, match="ridge"):
         whitening.create(whitening_config(ridge=0.01))
     with pytest.raises(ValueError, match="through_root"):

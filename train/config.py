@@ -93,7 +93,7 @@ _WHITENING = {
     "shared_whitener": bool,
     "local_norm": str,
     "method": str,
-    "ridge": float,  # of method "eigh", relative to the norm
+    "ridge": float,  # of methods "eigh" and "chebyshev", relative to the norm
 }
 
 

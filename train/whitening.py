@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from netdeconv_jax import WhiteningSpec
-from netdeconv_jax.whitening import Eigh, NewtonSchulz
+from netdeconv_jax.whitening import Chebyshev, ChebyshevRidge, Eigh, NewtonSchulz
 from train.config import Config
 
 
@@ -25,17 +25,20 @@ def create(config: Config) -> WhiteningSpec:
     """Return the spec that `config` describes.
 
     Raises:
-      ValueError: a setting that `WhiteningSpec` refuses, a `ridge` for another method than "eigh", or
-        `through_root=False` for another than "newton_schulz".
+      ValueError: a setting that `WhiteningSpec` refuses, a `ridge` for another method than "eigh" and
+        "chebyshev", or `through_root=False` for another than "newton_schulz".
     """
     apart = ("preset", "ridge", "through_root")
     settings = {k: v for k, v in config.items() if k not in apart and v is not None}
     spec = WhiteningSpec.fast() if config.preset == "fast" else WhiteningSpec()
     spec = spec.replace(**settings)
     if config.ridge is not None:
-        if not isinstance(spec.root, Eigh):
-            raise ValueError(f"`whitening.ridge` goes with method 'eigh', got {config.method!r}.")
-        spec = spec.replace(root=Eigh(config.ridge))
+        kinds = {Eigh: Eigh, Chebyshev: ChebyshevRidge}
+        if type(spec.root) not in kinds:
+            raise ValueError(
+                f"`whitening.ridge` goes with method 'eigh' or 'chebyshev', got {config.method!r}."
+            )
+        spec = spec.replace(root=kinds[type(spec.root)](config.ridge))
     if not config.through_root:
         if not isinstance(spec.root, NewtonSchulz):
             raise ValueError(

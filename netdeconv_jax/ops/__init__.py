@@ -7,7 +7,7 @@ from netdeconv_jax.ops.local_norm import local_norm
 from netdeconv_jax.ops.moments import Moments, moments
 from netdeconv_jax.ops.patch_moments import patch_moments, sampled_rows
 from netdeconv_jax.ops.patches import Padding, Window, extract_patches, window
-from netdeconv_jax.ops.polynomial import chebyshev
+from netdeconv_jax.ops.polynomial import chebyshev, chebyshev_ridge
 from netdeconv_jax.ops.roots import eigh, newton_schulz
 from netdeconv_jax.ops.sampling import every_nth
 from netdeconv_jax.ops.transposed import Transposed, transposed
@@ -19,6 +19,7 @@ __all__ = [
     "Transposed",
     "Window",
     "chebyshev",
+    "chebyshev_ridge",
     "column_groups",
     "effective_block",
     "eigh",

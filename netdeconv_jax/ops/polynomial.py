@@ -1,12 +1,17 @@
-"""The paper's iteration as a short polynomial: the same function of the eigenvalues, half the products.
+"""Roots as short polynomials: the paper's iteration in half its products, and the exact root with a ridge.
 
 After k Newton-Schulz steps the result is one smooth scalar function of the eigenvalues of A / ||A||_F, which
 lie in [0, 1]. A polynomial of X = 2 A / ||A||_F - I in the Chebyshev basis, fitted to that function and its
 derivative, is evaluated by Paterson-Stockmeyer: degree 16 takes 6 matrix products where five steps take 12,
 in a chain half as long. This is a cheaper way to the *same* whitening, not a better root.
+
+Any other function of the eigenvalues is fitted the same way: the exact inverse root of A + ridge ||A||_F I is
+whitening of which a ridge, not a number of iterations, says how far it goes, in matrix products alone.
 """
 
+import bisect
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +26,15 @@ from netdeconv_jax.ops.roots import (
     newton_schulz,
 )
 
-# The most that each number of products can reach, 2 to 12 of them; and the block of powers that reaches it.
+# The most that each number of products can reach, 2 to 20 of them; and the block of powers that reaches it.
 _DEGREES = {4: 2, 6: 3, 9: 3, 12: 4, 16: 4, 20: 5, 25: 5, 30: 6, 36: 6, 42: 7, 49: 7}
+_LARGEST_IMITATION = max(_DEGREES)
+_DEGREES |= {56: 8, 64: 8, 72: 9, 81: 9, 90: 10, 100: 10, 110: 11, 121: 11}
 _DERIVATIVE_WEIGHT = 0.01  # of the relative error of the slope; costs a few percent of the value's
 _NODES = 400
 _REWEIGHTINGS = 40
+
+Target = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # value and slope at eigenvalues
 
 
 def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.Array:
@@ -63,6 +72,38 @@ def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.A
     return _inverse_sqrt(cov, coefficients)
 
 
+def chebyshev_ridge(cov: jax.Array, *, ridge: float = 1e-2, tol: float = 1e-3) -> jax.Array:
+    """Return the exact inverse square root of `cov + ridge ||cov||_F I`, to a relative error of `tol`.
+
+    What `eigh(cov, ridge=ridge)` returns, without an eigendecomposition: that one is a long sequential
+    program, slow on accelerators above all. The smaller the ridge, the higher the degree, about
+    `ln(1 / tol) / (2 sqrt(ridge))`.
+
+    Args:
+      cov: symmetric positive semi-definite, shape [..., d, d], floating point.
+      ridge: static float > 0, relative to the Frobenius norm.
+      tol: static float > 0, relative error of the result along every eigenvector.
+    Returns:
+      [..., d, d] in `promote_types(float32, cov.dtype)`, computed at HIGHEST matmul precision.
+    Raises:
+      ValueError: `cov` is not square, `ridge` or `tol` is not positive, or no polynomial of degree up to 121
+        reaches `tol` with such a ridge.
+      TypeError: `cov` is not floating point.
+
+    Source: ours; evaluation and fit as in `chebyshev`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from netdeconv_jax import ops
+      >>> a = jnp.diag(jnp.array([4.0, 1.0, 0.1]))
+      >>> exact = ops.eigh(a, ridge=0.01)
+      >>> bool(jnp.allclose(ops.chebyshev_ridge(a, ridge=0.01), exact, rtol=1e-3, atol=1e-5))
+      True
+    """
+    coefficients = ridge_coefficients(ridge, tol)
+    return _inverse_sqrt(check_square(cov), coefficients)
+
+
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _inverse_sqrt(cov: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
     norm = frobenius_norm(cov)[..., None, None]
@@ -92,19 +133,63 @@ def chebyshev_coefficients(num_iters: int, tol: float) -> tuple[float, ...] | No
     """
     check_num_iters(num_iters)
     check_tol(tol)
-    for degree in _DEGREES:
-        if _products(degree) >= 3 * num_iters - 3:
-            return None
-        coefficients, error = _fit(num_iters, degree)
-        if error <= tol:
-            return tuple(float(c) for c in coefficients)
-    return None
+    most = min(3 * num_iters - 4, _products(_LARGEST_IMITATION))
+    return _fewest(functools.partial(_scalar_iteration, num_iters=num_iters), tol, most)
+
+
+def ridge_coefficients(ridge: float, tol: float) -> tuple[float, ...]:
+    """Return the fewest Chebyshev coefficients on [0, 1] of `(l + ridge)^(-1/2)`, to a relative `tol`.
+
+    Args:
+      ridge: float > 0.
+      tol: float > 0, relative error.
+    Returns:
+      Coefficients c_0 ... c_n of T_k(2 l - 1).
+    Raises:
+      ValueError: see `chebyshev_ridge`.
+
+    Source: ours.
+
+    Example:
+      >>> from netdeconv_jax.ops.polynomial import ridge_coefficients
+      >>> len(ridge_coefficients(1e-2, 1e-2)) - 1
+      20
+    """
+    check_tol(tol)
+    if not ridge > 0:
+        raise ValueError(f"`ridge` must be greater than 0, got {ridge}.")
+    coefficients = _ridge_coefficients(float(ridge), float(tol))
+    if coefficients is None:
+        raise ValueError(
+            f"`ridge`={ridge} is too small for `tol`={tol}: no polynomial of degree up to "
+            f"{max(_DEGREES)} is that near; `ops.eigh` takes any ridge."
+        )
+    return coefficients
+
+
+@functools.lru_cache
+def _ridge_coefficients(ridge: float, tol: float) -> tuple[float, ...] | None:
+    return _fewest(functools.partial(_scalar_ridge, ridge=ridge), tol, _products(max(_DEGREES)))
+
+
+def _fewest(target: Target, tol: float, most: int) -> tuple[float, ...] | None:
+    """The coefficients that reach `tol` in the fewest products, at most `most`; None where none do."""
+    degrees = [degree for degree in _DEGREES if _products(degree) <= most]
+    first = bisect.bisect_left(degrees, True, key=lambda degree: _fit(target, degree)[1] <= tol)
+    if first == len(degrees):
+        return None
+    return tuple(float(c) for c in _fit(target, degrees[first])[0])
 
 
 def products(num_iters: int, tol: float) -> int:
     """Return how many matrix products `chebyshev` takes."""
     coefficients = chebyshev_coefficients(num_iters, tol)
-    return 3 * num_iters - 3 if coefficients is None else _products(len(coefficients) - 1)
+    return 3 * num_iters - 3 if coefficients is None else products_of(coefficients)
+
+
+def products_of(coefficients: tuple[float, ...]) -> int:
+    """Return how many matrix products a polynomial with these coefficients takes."""
+    return _products(len(coefficients) - 1)
 
 
 def _products(degree: int) -> int:
@@ -127,21 +212,27 @@ def _scalar_iteration(x: np.ndarray, num_iters: int) -> tuple[np.ndarray, np.nda
     return z, dz
 
 
-def _fit(num_iters: int, degree: int) -> tuple[np.ndarray, float]:
+def _scalar_ridge(x: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """The exact root with a ridge on eigenvalues x of A / ||A||_F, and its derivative."""
+    value = (x + ridge) ** -0.5
+    return value, -0.5 * value / (x + ridge)
+
+
+def _fit(target: Target, degree: int) -> tuple[np.ndarray, float]:
     """Least squares, reweighted towards the largest relative error of value and slope (Lawson)."""
     theta = np.pi * (np.arange(_NODES) + 0.5) / _NODES
-    value, slope = _scalar_iteration((np.cos(theta) + 1) / 2, num_iters)
+    value, slope = target((np.cos(theta) + 1) / 2)
     k = np.arange(degree + 1)
     basis = np.cos(np.outer(theta, k)) / value[:, None]
     slopes = 2 * k * np.sin(np.outer(theta, k)) / np.sin(theta)[:, None]
     rows = np.concatenate([basis, _DERIVATIVE_WEIGHT * slopes / slope[:, None]])
-    target = np.concatenate([np.ones(_NODES), np.full(_NODES, _DERIVATIVE_WEIGHT)])
-    weights = np.full(len(target), 1 / len(target))
+    wanted = np.concatenate([np.ones(_NODES), np.full(_NODES, _DERIVATIVE_WEIGHT)])
+    weights = np.full(len(wanted), 1 / len(wanted))
     best, least = np.zeros(degree + 1), np.inf
     for _ in range(_REWEIGHTINGS):
         root = np.sqrt(weights)
-        coefficients = np.linalg.lstsq(rows * root[:, None], target * root, rcond=None)[0]
-        residual = np.abs(rows @ coefficients - target)
+        coefficients = np.linalg.lstsq(rows * root[:, None], wanted * root, rcond=None)[0]
+        residual = np.abs(rows @ coefficients - wanted)
         if residual.max() < least:
             best, least = coefficients, residual.max()
         weights = weights * residual

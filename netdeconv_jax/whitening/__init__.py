@@ -5,6 +5,7 @@ from netdeconv_jax.whitening.spec import WhiteningSpec
 from netdeconv_jax.whitening.strategies import (
     Budget,
     Chebyshev,
+    ChebyshevRidge,
     Contiguous,
     Eigh,
     Freeze,
@@ -16,6 +17,7 @@ from netdeconv_jax.whitening.strategies import (
 __all__ = [
     "Budget",
     "Chebyshev",
+    "ChebyshevRidge",
     "Contiguous",
     "Eigh",
     "Entry",

@@ -29,7 +29,8 @@ class WhiteningSpec:
     """Everything that says how a layer whitens its input, apart from its shapes.
 
     Attributes:
-      root: `NewtonSchulz(num_iters)`, `Chebyshev(tol, num_iters)` or `Eigh(ridge)`.
+      root: `NewtonSchulz(num_iters)`, `Chebyshev(tol, num_iters)`, `ChebyshevRidge(ridge, tol)` or
+        `Eigh(ridge)`.
       sampling: `Stride(stride)` or `Budget(rows_per_dim)`: which patches the statistics see.
       grouping: `Interleaved(block_size, shared)` or `Contiguous(block_size, shared)`. With `shared=False`
         every group has a mean and a whitener of its own.
