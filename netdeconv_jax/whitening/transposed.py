@@ -11,6 +11,7 @@ import numpy as np
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import full_mask
 from netdeconv_jax.whitening.conv import conv_groups, sampling_stride
+from netdeconv_jax.whitening.layer import check_samples
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
@@ -61,8 +62,8 @@ def deconv_conv_transpose(
     Source: ours.
     """
     batch_shape = x.shape[: -geometry.ndim - 1]
-    if not (use_running_average or x.size):
-        raise ValueError(f"`x` has no samples to take statistics from: shape {x.shape}.")
+    if not use_running_average:
+        check_samples(x)
     if mask is not None:
         mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1))
         mask = mask.reshape(math.prod(batch_shape), *mask.shape[len(batch_shape) :])
