@@ -1,7 +1,6 @@
 """Whether a converted model computes what the model did."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +13,13 @@ _TOLERANCES = ((52, 1e-6), (23, 0.05), (0, 0.25))
 
 
 def check_same(
-    model: Any, variables: Any, found: tuple[Any, Any], x: Any, flags: Mapping[str, Any], rngs: Any
+    run: Callable[[Any, Any], Any],
+    variables: Any,
+    again: Callable[[Any, Any], Any],
+    new_variables: Any,
+    x: Any,
 ) -> None:
     """Raise if the new model computes anything else: a batch norm may be none, whatever it looks like."""
-    converted, new_variables = found
-    run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, converted))
     precision = _precision(jax.make_jaxpr(run)(variables, x).jaxpr)
     tolerance = next(most for bits, most in _TOLERANCES if bits <= precision)
     old, new = jax.jit(run)(variables, x), jax.jit(again)(new_variables, x)
