@@ -249,9 +249,9 @@ class Decoder(nn.Module):
     def __call__(self, x, train: bool = True):
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         conv = partial(nn.ConvTranspose, transpose_kernel=self.flipped)
-        x = nn.relu(norm(name="norm_in")(conv(4, (3, 3), use_bias=False, name="in")(x)))
+        x = nn.elu(norm(name="norm_in")(conv(4, (3, 3), use_bias=False, name="in")(x)))
         x = conv(4, (4, 3), (self.strides, self.strides), padding="CIRCULAR", name="up")(x)
-        x = nn.relu(norm(name="norm_up")(x))
+        x = nn.elu(norm(name="norm_up")(x))
         return nn.Conv(2, (1, 1), name="out")(x).max((1, 2))
 
 
