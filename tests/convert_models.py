@@ -239,12 +239,29 @@ class Lookalikes(nn.Module):
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
+class Decoder(nn.Module):
+    """Transposed convolutions, with strides and without, each with a batch norm behind it."""
+
+    strides: int = 2
+    flipped: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        conv = partial(nn.ConvTranspose, transpose_kernel=self.flipped)
+        x = nn.elu(norm(name="norm_in")(conv(4, (3, 3), use_bias=False, name="in")(x)))
+        x = conv(4, (4, 3), (self.strides, self.strides), padding="CIRCULAR", name="up")(x)
+        x = nn.elu(norm(name="norm_up")(x))
+        return nn.Conv(2, (1, 1), name="out")(x).max((1, 2))
+
+
 class Unconverted(nn.Module):
     """Layers that do not convert, each with a batch norm behind it."""
 
     @nn.compact
     def __call__(self, x, train: bool = True):
-        x = nn.BatchNorm(not train, name="norm_up")(nn.ConvTranspose(4, (2, 2), name="up")(x))
+        masked = nn.ConvTranspose(4, (2, 2), mask=jnp.ones((2, 2, 3, 4)), name="up")
+        x = nn.BatchNorm(not train, name="norm_up")(masked(x))
         x = nn.BatchNorm(not train, name="norm_local")(nn.ConvLocal(4, (1, 1), name="local")(x))
         x = nn.SpectralNorm(nn.Conv(4, (1, 1), name="normed"), name="spectral")(
             x, update_stats=False

@@ -13,6 +13,7 @@ from convert_models import (
     BNReLU,
     Bottleneck,
     ConvBN,
+    Decoder,
     Homemade,
     Lookalikes,
     PreActivation,
@@ -26,7 +27,7 @@ from flax import linen as nn
 from flax import serialization, traverse_util
 from flax.training.train_state import TrainState
 
-from netdeconv_jax import DeconvConv, DeconvDense, WhiteningSpec, deconvolve
+from netdeconv_jax import DeconvConv, DeconvConvTranspose, DeconvDense, WhiteningSpec, deconvolve
 from netdeconv_jax.interop import accumulate, fold, recalibrate
 from netdeconv_jax.linen import DeconvolvedModel
 from netdeconv_jax.whitening.conversion import matches
@@ -137,6 +138,64 @@ def test_layers_are_the_very_layers_of_this_package():
     found, expected = both
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
     assert np.abs(found[1]["batch_stats"]["mean"]).max() > 0.1
+
+
+def test_transposed_convolutions_are_converted_with_their_settings():
+    settings: Any = {
+        "kernel_size": (4, 3),
+        "strides": (2, 1),
+        "padding": ((2, 1), (0, 1)),
+        "kernel_dilation": (1, 2),
+        "transpose_kernel": True,
+        "precision": "highest",
+        "bias_init": nn.initializers.ones,
+    }
+    model: Any = deconvolve(nn.ConvTranspose(4, use_bias=False, **settings), SPEC)
+    ours = DeconvConvTranspose(4, spec=SPEC, use_running_average=False, **settings)
+    variables = model.init(KEY, X)
+    plain = nn.ConvTranspose(4, **settings)
+    assert jax.tree.all(jax.tree.map(np.array_equal, variables, ours.init(KEY, X)))
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, variables["params"], plain.init(KEY, X)["params"])
+    )
+    both: Any = (one.apply(variables, X, mutable=["batch_stats"]) for one in (model, ours))
+    found, expected = both
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+    after = {**variables, **found[1]}
+    folded, plain_variables = fold(model, after, X)
+    assert set(plain_variables) == {"params"}
+    y = model.apply(after, X)
+    assert jnp.abs(y - plain.apply({"params": variables["params"]}, X)).max() > 1e-2
+    np.testing.assert_allclose(folded.apply(plain_variables, X), y, rtol=0, atol=1e-5)
+
+
+def test_a_norm_behind_a_transposed_convolution_is_dropped_unless_that_stays():
+    report = deconvolve(Decoder(), SPEC).report(X)
+    assert report.replaced == ("in", "up", "out")
+    assert report.dropped == ("norm_in", "norm_up")
+    assert {e.why for e in report.entries if e.path == "up"} == {"by DeconvConvTranspose"}
+    kept = deconvolve(Decoder(), SPEC, keep="up").report(X)
+    assert kept.kept == ("up", "norm_up")
+
+    class Standardized(nn.ConvTranspose):
+        def param(self, name, *args, **kwargs):
+            return super().param(name, *args, **kwargs) * 2
+
+    report = deconvolve(Standardized(4, (3, 3))).report(X)
+    assert report.entries[0].why == "Standardized changes its parameters"
+
+
+def test_outputs_are_captured_once():
+    model: Any = deconvolve(Decoder(), SPEC, dense=True)
+    shapes = jax.eval_shape(model.init, KEY, X)
+    asked = ["batch_stats", "diagnostics", "intermediates"]
+    _, state = jax.eval_shape(
+        lambda v: model.apply(v, X, mutable=asked, capture_intermediates=True), shapes
+    )
+    seen: Any = traverse_util.flatten_dict(state["intermediates"], sep="/")
+    assert {"in/__call__", "up/__call__", "out/__call__", "norm_up/__call__"} < set(seen)
+    assert {len(outputs) for outputs in seen.values()} == {1}
+    assert set(state["diagnostics"]) == {"in", "up", "out"}
 
 
 def test_statistics_are_the_batchs_where_batch_stats_are_mutable_and_nothing_says_otherwise():
@@ -325,7 +384,7 @@ def test_a_batch_norm_behind_a_layer_that_stays_stays_too():
     assert report.replaced == ("conv",)
     assert report.dropped == ("norm_conv",)
     why = {entry.path: entry.why for entry in report.entries}
-    assert why["up"] == "ConvTranspose is not converted"
+    assert why["up"] == "has a mask of its kernel"
     assert why["local"] == "ConvLocal is not converted"
     assert why["norm_up"] == "follows up, which does not whiten"
     assert why["norm_dense"] == "follows dense, which does not whiten"

@@ -110,10 +110,11 @@ def test_the_report_is_that_of_the_linen_rules():
     assert why["again/norms/last"].startswith("follows again/convs/1, which whitens; started at")
     net = CNN(nnx.Rngs(0))
     report = dnnx.conversion_report(net, X, dense="linear1", keep=("norm1", "conv2"))
-    assert report.kept == ("norm1", "conv2", "linear2")
+    assert report.kept == ("norm1", "conv2", "norm2", "linear2")
     assert report.replaced == ("conv1", "linear1")
     model = dnnx.deconvolve(net, SPEC, dense="linear1", keep=("norm1", "conv2"))
     assert type(model.norm1) is nnx.BatchNorm
+    assert type(model.norm2) is dnnx.FormerNorm  # what it follows is not known
     assert type(model.conv2) is nnx.Conv
     assert type(model.linear1) is dnnx.FormerLinear
     assert model.linear1.effective_block == 16  # not four, as of the convolutions
@@ -276,23 +277,93 @@ def test_the_report_takes_flags():
     assert not dnnx.conversion_report(net, X, False, scale=scale).entries
 
 
-def test_layers_that_stay_are_listed_with_the_norms_behind_them():
-    rngs = nnx.Rngs(0)
-    net = nnx.Sequential(
-        nnx.ConvTranspose(3, 4, (2, 2), rngs=rngs),
-        nnx.BatchNorm(4, rngs=rngs),
-        nnx.WeightNorm(nnx.Conv(4, 4, (1, 1), rngs=rngs), rngs=rngs),
-        nnx.Conv(4, 4, (1, 1), rngs=rngs),
-    )
-    up, norm, wrapped, conv = dnnx.conversion_report(net, X).entries
-    assert (up.action, up.why) == ("kept", "ConvTranspose is not converted")
-    assert norm.why == "follows layers/0, which does not whiten: name it in `keep`"
-    assert wrapped.path == "layers/2/layer_instance"
+def test_norms_behind_layers_that_stay_are_kept_where_an_input_tells():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            mask = jnp.ones((2, 2, 3, 4))
+            self.up = nnx.ConvTranspose(3, 4, (2, 2), mask=mask, rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.wrapped = nnx.WeightNorm(nnx.Conv(4, 4, (1, 1), rngs=rngs), rngs=rngs)
+            self.conv = nnx.Conv(4, 4, (1, 1), rngs=rngs)
+            self.last = nnx.BatchNorm(4, rngs=rngs)
+            self.unused = nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x, train):
+            x = self.norm(self.up(x)) if train else x
+            return self.last(self.conv(self.wrapped(x)))
+
+    net = Net(nnx.Rngs(0))
+    up, norm, wrapped, conv, last = dnnx.conversion_report(net, X, train=True).entries
+    assert (up.action, up.why) == ("kept", "has a mask of its kernel")
+    assert norm.action == "kept"
+    assert norm.why.startswith("follows up, which does not whiten; `deconvolve` must be given")
+    assert wrapped.path == "wrapped/layer_instance"
     assert wrapped.why.startswith("below a SpectralNorm or WeightNorm")
-    assert conv.action == "replaced"
-    model = dnnx.deconvolve(net, SPEC, keep="layers/1")
-    assert type(model.layers[1]) is nnx.BatchNorm
-    assert type(model.layers[2].layer_instance) is nnx.Conv
+    assert (conv.action, last.action) == ("replaced", "dropped")
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    model = dnnx.deconvolve(net, SPEC, shape, train=True)
+    assert type(model.norm) is nnx.BatchNorm
+    assert type(model.last) is type(model.unused) is dnnx.FormerNorm
+    assert type(model.wrapped.layer_instance) is nnx.Conv
+    assert type(net.up) is nnx.ConvTranspose  # the trace has left nothing behind
+    blind = dnnx.deconvolve(net, SPEC)
+    assert type(blind.norm) is dnnx.FormerNorm
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_transposed_convolutions_are_those_of_the_linen_conversion(flipped):
+    conv: Any = {
+        "kernel_size": (4, 3),
+        "strides": (2, 1),
+        "padding": ((2, 1), (0, 1)),
+        "kernel_dilation": (1, 2),
+        "transpose_kernel": flipped,
+        "use_bias": False,
+    }
+    linen = netdeconv_jax.deconvolve(nn.ConvTranspose(4, **conv), SPEC)
+    net = nnx.ConvTranspose(3, 4, **conv, rngs=nnx.Rngs(0))
+    model = dnnx.deconvolve(net, SPEC)
+    np.testing.assert_array_equal(model.kernel[...], net.kernel[...])
+    params = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    variables = {**linen.init(jax.random.key(0), X), "params": params}
+    y, updates = linen.apply(variables, X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(model(inputs=X), y)
+    for name, value in updates["batch_stats"].items():
+        np.testing.assert_array_equal(getattr(model, name)[...], value)
+    model.eval()
+    np.testing.assert_array_equal(model(X), linen.apply({"params": params, **updates}, X))
+    np.testing.assert_allclose(fold(model)(X), model(X), rtol=0, atol=1e-5)
+
+
+def test_a_norm_behind_a_transposed_convolution_is_dropped():
+    rngs = nnx.Rngs(0)
+    up = nnx.ConvTranspose(3, 4, (2, 2), 2, rngs=rngs)
+    net = nnx.Sequential(up, nnx.BatchNorm(4, rngs=rngs), nnx.relu)
+    layer, norm = dnnx.conversion_report(net, X).entries
+    assert (layer.action, layer.why) == ("replaced", "by DeconvConvTranspose")
+    assert (norm.action, norm.why) == ("dropped", "follows layers/0, which whitens")
+    assert dnnx.deconvolve(net, SPEC)(X).shape == (4, 16, 16, 4)
+
+
+def test_the_report_knows_layers_under_transforms():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return Block(rngs)
+
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = make(rngs)
+
+        def __call__(self, x):
+            run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return run(x, self.blocks)
+
+    report = dnnx.conversion_report(Deep(nnx.Rngs(0)), X[..., [0, 1, 2, 2]])
+    assert report.replaced == ("blocks/convs/0", "blocks/convs/1")
+    why = {entry.path: entry.why for entry in report.entries}
+    assert why["blocks/norms/inner"] == "follows blocks/convs/0, which whitens"
+    assert why["blocks/first"].startswith("pre-activation")
 
 
 def test_scales_that_do_not_say_where_they_start_are_refused():

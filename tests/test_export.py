@@ -236,8 +236,39 @@ def test_a_file_of_the_trainer_says_how_its_network_whitens(tmp_path, settings, 
     config = {f"whitening.{name}": value for name, value in settings.items()}
     metadata = {"network": "lenet", "norm": "deconv", "num_classes": "10"}
     path = tmp_path / "model.safetensors"
-    save_weights(path, {"params": {"w": np.zeros(1)}}, metadata | {"config": json.dumps(config)})
+    save_weights(path, of_lenet(10), metadata | {"config": json.dumps(config)})
     assert load_model(path)[0].spec.root == root
+
+
+def of_lenet(classes) -> Any:
+    model = models.create("lenet", norm="deconv", num_classes=classes)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.ones((1, 28, 28, 1))))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def test_a_file_whose_weights_are_of_another_network_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    metadata = {"network": "lenet", "norm": "deconv", "num_classes": "7"}
+    save_weights(path, of_lenet(10), metadata)
+    with pytest.raises(ValueError, match="`num_classes` is 7, of the weights 10"):
+        load_model(path)
+    save_weights(path, of_lenet(7), metadata | {"network": "vgg11"})
+    with pytest.raises(ValueError, match="the weights are not those of vgg11"):
+        load_model(path)
+
+
+def test_a_training_pass_on_a_batch_of_any_size_is_refused_in_a_line():
+    whole: Any = {"train": True, "mutable": ["batch_stats"]}
+    model = models.create("lenet", norm="deconv", width=0.5)
+    variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    layers = (dnnx.DeconvConv(1, 2, (3, 3), rngs=nnx.Rngs(0)),)
+    layers += (dnnx.DeconvConvTranspose(1, 2, (3, 3), rngs=nnx.Rngs(0)),)
+    layers += (dnnx.DeconvDense(1, 2, rngs=nnx.Rngs(0)), dnnx.ChannelDeconv(1, block_size=1))
+    for given in ((model, variables, whole), *((layer, None, {}) for layer in layers)):
+        with pytest.raises(
+            ValueError, match=r"`x` has the symbolic shape .*: export the model in ev"
+        ):
+            export_stablehlo(*given[:2], (8, 8, 1), **given[2])
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec
-from netdeconv_jax.whitening import Eigh
+from netdeconv_jax.whitening import Chebyshev, Eigh
 
 X = jnp.ones((2, 8, 8, 4))
 
@@ -72,6 +73,15 @@ def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():
         spec(sampling=3)
     with pytest.raises(TypeError, match=r"`root` must be .* got 'eigh'"):
         spec(root="eigh")
+
+
+def test_a_spec_holds_no_tracers():
+    given: Any = {"ridge": Eigh, "tol": Chebyshev, "eps": WhiteningSpec, "momentum": WhiteningSpec}
+    for name, make in given.items():
+        with pytest.raises(TypeError, match=f"`{name}` must be a number, got .*; a spec is static"):
+            jax.jit(lambda value, name=name, make=make: make(**{name: value}).eps)(0.1)
+    number: Any = np.float32(0.5)
+    assert Eigh(number).ridge == 0.5
 
 
 ANY: Any = DeconvConv  # for arguments that a type checker would refuse

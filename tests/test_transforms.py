@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax import nnx
 
@@ -34,11 +35,24 @@ class Block(nn.Module):
     """One layer, in the form that `nn.scan` asks for."""
 
     axis_name: Any = None
+    kind: Any = DeconvDense
 
     @nn.compact
     def __call__(self, x, _=None):
-        layer = DeconvDense(WIDTH, spec=SPEC, use_running_average=False, axis_name=self.axis_name)
+        settings: Any = {"kernel_size": (3, 2)} if self.kind is DeconvConv else {}
+        layer = self.kind(
+            WIDTH, **settings, spec=SPEC, use_running_average=False, axis_name=self.axis_name
+        )
         return jnp.tanh(layer(x)), None
+
+
+def rows(kind) -> tuple[int, ...]:
+    """The shape of an input of a layer, without channels."""
+    return (2, 4, 3) if kind in (DeconvConv, dnnx.DeconvConv) else (ROWS,)
+
+
+LINEN = pytest.mark.parametrize("kind", [DeconvDense, DeconvConv])
+NNX = pytest.mark.parametrize("kind", [dnnx.DeconvDense, dnnx.DeconvConv])
 
 
 def start(module, *args) -> Any:
@@ -59,19 +73,20 @@ STACKED: Any = {
 }
 
 
-def test_linen_scan_over_layers_is_a_loop_over_layers():
-    x, module = normal(ROWS, WIDTH), nn.scan(Block, length=LAYERS, **STACKED)()
+@LINEN
+def test_linen_scan_over_layers_is_a_loop_over_layers(kind):
+    x, module = normal(*rows(kind), WIDTH), nn.scan(Block, length=LAYERS, **STACKED)(kind=kind)
     variables = start(module, x)
     told = [*STATS, "diagnostics"]
     (y, _), updates = applied(module, told)(variables, x)
-    block, looped, found = applied(Block(), told), x, []
+    block, looped, found = applied(Block(kind=kind), told), x, []
     for i in range(LAYERS):
         (looped, _), update = block(take(variables, i), looped)
         found.append(update)
     close((y, updates), (looped, stack(*found)))
     # Where the transform does not carry the diagnostics, they are not asked for.
     without: Any = {**STACKED, "variable_axes": {"params": 0, "batch_stats": 0}}
-    silent = nn.scan(Block, length=LAYERS, **without)()
+    silent = nn.scan(Block, length=LAYERS, **without)(kind=kind)
     _, others = jax.eval_shape(lambda v: silent.apply(v, x, mutable=told), variables)
     assert not others.get("diagnostics")
 
@@ -101,12 +116,13 @@ CARRIED: Any = {
 }
 
 
-def test_linen_vmap_over_variables_is_an_ensemble():
-    x = normal(LAYERS, ROWS, WIDTH)
-    module = nn.vmap(Block, in_axes=0, out_axes=0, **STACKED)()
+@LINEN
+def test_linen_vmap_over_variables_is_an_ensemble(kind):
+    x = normal(LAYERS, *rows(kind), WIDTH)
+    module = nn.vmap(Block, in_axes=0, out_axes=0, **STACKED)(kind=kind)
     variables = start(module, x)
     (y, _), updates = applied(module)(variables, x)
-    block = applied(Block())
+    block = applied(Block(kind=kind))
     alone = [block(take(variables, i), x[i]) for i in range(LAYERS)]
     close((y, updates), (jnp.stack([y for (y, _), _ in alone]), stack(*[u for _, u in alone])))
 
@@ -143,11 +159,16 @@ def test_linen_remat_changes_neither_gradients_nor_statistics():
 # NNX
 
 
-def layers(count=LAYERS) -> Any:
+def layer(kind, rngs) -> Any:
+    settings: Any = {"kernel_size": (3, 2)} if kind is dnnx.DeconvConv else {}
+    return kind(WIDTH, WIDTH, **settings, spec=SPEC, rngs=rngs)
+
+
+def layers(kind, count=LAYERS) -> Any:
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0)
     def make(rngs):
-        return dnnx.DeconvDense(WIDTH, WIDTH, spec=SPEC, rngs=rngs)
+        return layer(kind, rngs)
 
     return make(nnx.Rngs(0))
 
@@ -161,8 +182,9 @@ def each(stacked) -> Any:
     return [nnx.merge(graph, take(state, i)) for i in range(LAYERS)]
 
 
-def test_nnx_scan_over_layers_is_a_loop_over_layers():
-    x, stacked = normal(ROWS, WIDTH), layers()
+@NNX
+def test_nnx_scan_over_layers_is_a_loop_over_layers(kind):
+    x, stacked = normal(*rows(kind), WIDTH), layers(kind)
     alone = each(stacked)
 
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -176,8 +198,9 @@ def test_nnx_scan_over_layers_is_a_loop_over_layers():
     close((y, arrays(stacked)), (looped, stack(*map(arrays, alone))))
 
 
-def test_nnx_vmap_over_variables_is_an_ensemble():
-    x, stacked = normal(LAYERS, ROWS, WIDTH), layers()
+@NNX
+def test_nnx_vmap_over_variables_is_an_ensemble(kind):
+    x, stacked = normal(LAYERS, *rows(kind), WIDTH), layers(kind)
     alone = each(stacked)
     y = nnx.vmap(lambda layer, x: layer(x), in_axes=0, out_axes=0)(stacked, x)
     one = nnx.jit(lambda layer, x: layer(x))
@@ -185,9 +208,10 @@ def test_nnx_vmap_over_variables_is_an_ensemble():
     close((y, arrays(stacked)), (found, stack(*map(arrays, alone))))
 
 
-def test_nnx_remat_changes_neither_gradients_nor_statistics():
-    x = normal(ROWS, WIDTH)
-    plain, checkpointed = (dnnx.DeconvDense(WIDTH, 2, spec=SPEC, rngs=nnx.Rngs(0)) for _ in "ab")
+@NNX
+def test_nnx_remat_changes_neither_gradients_nor_statistics(kind):
+    x = normal(*rows(kind), WIDTH)
+    plain, checkpointed = (layer(kind, nnx.Rngs(0)) for _ in "ab")
 
     def loss(layer, x):
         return jnp.sum(jnp.sin(layer(x)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_models import (
+    Decoder,
     GammaBatchNorm,
     Homemade,
     Lookalikes,
@@ -18,7 +19,7 @@ from convert_models import (
     sequential,
 )
 from flax import linen as nn
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from netdeconv_jax import DeconvConv, WhiteningSpec, deconvolve, models
 from netdeconv_jax.interop import fold, recalibrate, warm_start
@@ -107,6 +108,31 @@ def test_it_does_so_however_it_whitens_and_with_dense_layers(spec):
     check_same(model, variables, (converted, new))
     assert converted.report(X).kept == ()
     assert "whitener" in new["batch_stats"]["layers_6"]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_transposed_convolutions_of_one_phase_are_converted(flipped):
+    model = Decoder(strides=1, flipped=flipped)
+    variables = trained(model)
+    spec = SPEC.replace(whiten="patches", block_size=2)
+    converted, new = warm_start(model, variables, [X], spec)
+    assert converted.report(X).replaced == ("in", "up", "out")
+    assert converted.report(X).dropped == ("norm_in", "norm_up")
+    assert new["batch_stats"]["up"]["whitener"].shape == (1, 24, 24)
+    check_same(model, variables, (converted, new), train=False)
+
+
+def test_a_transposed_convolution_with_strides_stays_and_says_why():
+    model = Decoder(strides=2)
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X], SPEC)
+    report = converted.report(X)
+    assert report.replaced == ("in", "out")
+    assert report.kept == ("up", "norm_up")
+    why = {entry.path: entry.why for entry in report.entries}
+    assert "each need a bias of its own" in why["up"]
+    assert set(new["batch_stats"]) == {"in", "norm_up", "out"}
+    check_same(model, variables, (converted, new), train=False)
 
 
 def test_in_float64_it_is_exact(x64):
@@ -206,6 +232,13 @@ def test_what_cannot_be_is_refused_in_words():
         warm_start(ResNet(), {}, [X], 5)  # pyright: ignore
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         warm_start(ResNet(), trained(ResNet()), [])
+    for bare, shape in ((X, r"\(8, 8, 8, 3\)"), ({"image": X}, r"\{'image': \(8,")):
+        with pytest.raises(ValueError, match=f"`batches` must be an iterable .* shape {shape}"):
+            warm_start(ResNet(), {}, bare)
+        with pytest.raises(ValueError, match="`batches` must be an iterable of batches"):
+            recalibrate(DeconvConv(2, (1, 1)), {"batch_stats": {"mean": X}}, bare)
+    with pytest.raises(TypeError, match=r"for NNX there is `netdeconv_jax\.nnx\.warm_start`"):
+        warm_start(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), {}, [X])  # pyright: ignore
     dense = nn.Dense(3)
     with pytest.raises(ValueError, match="`model` has no convolution to convert"):
         warm_start(dense, trained(dense), [X], apply_kwargs={})

@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import ops
 from netdeconv_jax.linen import DeconvConv, DeconvConvTranspose, DeconvDense
 from netdeconv_jax.linen.batch_norms import body_of, first_argument, in_trial, running_body
-from netdeconv_jax.whitening import WhiteningSpec
+from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening.conv import conv_groups, dense_groups
+from netdeconv_jax.whitening.folding import Groups
 from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 Path = tuple[str, ...]
@@ -36,7 +38,7 @@ class Layer:
       local_norm: how it normalizes each sample before it whitens, if it does.
     """
 
-    groups: ops.ColumnGroups | tuple[ops.Transposed, WhiteningSpec] | None
+    groups: Groups | None
     dtype: Any
     local_norm: str | None = None
 
@@ -103,6 +105,18 @@ def dry_run(
         path: norm if norm.behind in alone else dataclasses.replace(norm, behind=None)
         for path, norm in norms.items()
     }
+
+
+def small_input(model: Network) -> jax.ShapeDtypeStruct:
+    """Return an input of a network of the zoo; of any channels, as layers answer by their kernels."""
+    return jax.ShapeDtypeStruct((1, *(model.minimum_size or 1,) * 2, 3), jnp.float32)
+
+
+def kernel_shapes(model: Network, variables: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Return the shapes of the kernels of a network of the zoo, in the order in which it runs them."""
+    params: Any = traverse_util.flatten_dict(variables["params"])
+    layers, _ = dry_run(lambda x: model.apply(variables, x), params, small_input(model))
+    return [jnp.shape(params[(*path, "kernel")]) for path in layers]
 
 
 def _is_norm(context: Any, kinds: tuple[type[nn.Module], ...], named: bool) -> bool:

@@ -15,11 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import traverse_util
-
-from netdeconv_jax.interop.dry_run import dry_run
+from netdeconv_jax.interop.dry_run import kernel_shapes
 from netdeconv_jax.interop.fold import fold
 from netdeconv_jax.interop.programs import export_onnx, export_stablehlo
 from netdeconv_jax.interop.trained import load_model
@@ -44,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model, variables, metadata = load_model(given.weights)
         plain, folded = fold(model.clone(dtype=None), variables)
-        kernel = _first_kernel(model, variables)
+        kernel = kernel_shapes(model, variables)[0]
         shape = _input_shape(metadata, kernel, given.image_size)
         FORMATS[given.format](plain, folded, shape, output)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -78,14 +74,6 @@ def _input_shape(
             "its images."
         )
     return height, width, channels
-
-
-def _first_kernel(model: Any, variables: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the kernel that reads the image."""
-    params: Any = traverse_util.flatten_dict(variables["params"])
-    x = jax.ShapeDtypeStruct((1, *(model.minimum_size or 1,) * 2, 3), jnp.float32)
-    layers, _ = dry_run(lambda x: model.apply(variables, x), params, x)
-    return params[(*next(iter(layers)), "kernel")].shape
 
 
 if __name__ == "__main__":

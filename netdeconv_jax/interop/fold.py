@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
@@ -22,13 +20,15 @@ from netdeconv_jax.interop.dry_run import (
     Path,
     dry_run,
     geometry_of,
+    small_input,
 )
 from netdeconv_jax.linen import DeconvDense, DeconvolvedModel
 from netdeconv_jax.linen.batch_norms import first_argument, in_trial
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening.conv import plain_conv, plain_dense
+from netdeconv_jax.whitening.folding import features_axis, folded, merged
 from netdeconv_jax.whitening.local_norm import locally_normalized
-from netdeconv_jax.whitening.transposed import fold_transposed, plain_conv_transpose
+from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -141,8 +141,7 @@ def fold(
                 "`x` must be an input of the model, or its shape and dtype, where the model is none of the "
                 "zoo; got None."
             )
-        # Small and of any number of channels: in a dry run layers answer by their kernels.
-        x = jax.ShapeDtypeStruct((1, *(model.minimum_size or 1,) * 2, 3), jnp.float32)
+        x = small_input(model)
     kinds = ALL if zoo else WHITENED
     layers, norms = dry_run(lambda x: model.apply(plain, x, **apply_kwargs), params, x, kinds)
     for path, layer in layers.items():
@@ -176,24 +175,12 @@ def _fold_nnx(model, variables, x, call_kwargs):
     return fold_nnx(model, x, **call_kwargs)
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "dtype"))
-def _folded(kernel, bias, mean, whitener, groups, dtype):
-    if isinstance(groups, tuple):
-        geometry, spec = groups
-        folded, shift = fold_transposed(
-            kernel, bias, mean, whitener, geometry=geometry, spec=spec, dtype=dtype
-        )
-    else:
-        folded, shift = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
-    return folded.astype(kernel.dtype), shift.astype(kernel.dtype)
-
-
 def _fold_whitener(path: Path, layer: Layer, params: Leaves, stats: Leaves) -> None:
     """Put kernel and bias of the plain layer in the place of what the whitened one has."""
     if (*path, "whitener") not in stats:
         raise ValueError(f"`variables` have no `batch_stats` of the layer {'/'.join(path)!r}.")
     kernel = params[(*path, "kernel")]
-    params[(*path, "kernel")], params[(*path, "bias")] = _folded(
+    params[(*path, "kernel")], params[(*path, "bias")] = folded(
         kernel,
         params.get((*path, "bias")),
         stats.pop((*path, "mean")),
@@ -214,27 +201,12 @@ def fold_batch_norm(
     if norm.behind is None:
         params[(*path, "scale")], params[(*path, "bias")] = gain, offset - mean * gain
         return
+    layer = layers[norm.behind]
     kernel, bias = params[(*norm.behind, "kernel")], params.get((*norm.behind, "bias"))
-    kernel, bias = merged(kernel, bias, mean, gain, offset, layers[norm.behind].dtype)
-    params[(*norm.behind, "kernel")], params[(*norm.behind, "bias")] = kernel, bias
-
-
-def merged(
-    kernel: jax.Array, bias: jax.Array | None, mean: Any, gain: Any, offset: Any, dtype: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """Return kernel and bias of a layer with the norm behind it, `(y - mean) * gain + offset`.
-
-    Args:
-      kernel: [..., features]; it stays in its dtype, but is rounded to `dtype`, in which the layer computes.
-      bias: [features] or None.
-      mean, gain, offset: [features]; `offset` may be 0.
-      dtype: default that of the kernel.
-    """
-    folded = kernel * gain.reshape((1,) * (kernel.ndim - 1) + (-1,))
-    shift = (mean if bias is None else mean - bias) * gain
-    return folded.astype(dtype or kernel.dtype).astype(kernel.dtype), (offset - shift).astype(
-        kernel.dtype
+    kernel, bias = merged(
+        kernel, bias, mean, gain, offset, layer.dtype, features_axis(layer.groups)
     )
+    params[(*norm.behind, "kernel")], params[(*norm.behind, "bias")] = kernel, bias
 
 
 def _check_all_there(twin: Network, params: Leaves, stats: Leaves, x: Any) -> None:

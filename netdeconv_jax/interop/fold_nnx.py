@@ -4,22 +4,18 @@ Which batch norm follows which convolution is read from the program that the cop
 its layers leave there say whose output goes where.
 """
 
-import collections
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import jaxprs_in_params
 
-from netdeconv_jax import ops
-from netdeconv_jax.interop.fold import merged
 from netdeconv_jax.nnx import DeconvConv, DeconvConvTranspose, DeconvDense
-from netdeconv_jax.whitening.conv import conv_groups, dense_groups, plain_conv, plain_dense
+from netdeconv_jax.nnx.behind import LAYER, NORM, fold_norm, places
+from netdeconv_jax.whitening.conv import plain_conv, plain_dense
+from netdeconv_jax.whitening.folding import folded
 from netdeconv_jax.whitening.local_norm import locally_normalized
-from netdeconv_jax.whitening.transposed import fold_transposed, plain_conv_transpose
+from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 Path = tuple[Any, ...]
 
@@ -106,14 +102,15 @@ def fold_nnx(model: Any, x: Any = None, **call_kwargs: Any) -> Any:
     copy.eval()
     if x is None:
         return copy
-    pairs = _norms_behind_layers(copy, x, call_kwargs)
+    found = places(copy, _role, (x,), call_kwargs)
+    pairs: dict[Path, Any] = {path: place.source for path, place in found.items() if place.alone}
 
     def without_norms(path: Path, node: Any) -> Any:
         return _Identity() if path in pairs else node
 
-    layers = dict(nnx.iter_modules(copy))
+    layers: dict[Path, Any] = dict(nnx.iter_modules(copy))
     for norm, layer in pairs.items():
-        _merge(layers[norm], layers[layer])
+        fold_norm(layers[norm], layers[layer], dtype=layers[layer].dtype)
     return nnx.recursive_map(without_norms, copy, graph=True)
 
 
@@ -141,20 +138,14 @@ def _plain(path: Path, layer: Any) -> Any:
         "kernel_init": jax.nn.initializers.zeros,
         "rngs": nnx.Rngs(0),
     }
+    kernel, bias = folded(*arrays, layer.groups, dtype)
     if isinstance(layer, DeconvConvTranspose):
-        kernel, bias = fold_transposed(
-            *arrays, geometry=layer.geometry, spec=layer.spec, dtype=dtype
-        )
         plain = PlainConvTranspose(layer)
     elif isinstance(layer, DeconvDense):
-        groups = dense_groups(layer.spec, layer.in_features)
-        kernel, bias = ops.fold(*arrays, groups, dtype=dtype)
         shared["dot_general"] = layer.dot_general
         plain = PlainLinear(layer.in_features, layer.out_features, **shared)
     else:
-        geometry, count = layer.geometry, layer.feature_group_count
-        groups = conv_groups(layer.spec, layer.in_features, geometry.taps, count)
-        kernel, bias = ops.fold(*arrays, groups, dtype=dtype)
+        geometry = layer.geometry
         plain = PlainConv(
             layer.in_features,
             layer.out_features,
@@ -163,14 +154,13 @@ def _plain(path: Path, layer: Any) -> Any:
             padding=geometry.padding,
             input_dilation=geometry.input_dilation,
             kernel_dilation=geometry.kernel_dilation,
-            feature_group_count=count,
+            feature_group_count=layer.feature_group_count,
             conv_general_dilated=layer.conv_general_dilated,
             **shared,
         )
         plain.geometry = geometry
     plain.local_norm = layer.spec.local_norm
-    plain.kernel = nnx.Param(kernel.astype(arrays[0].dtype))
-    plain.bias = nnx.Param(bias.astype(arrays[0].dtype))
+    plain.kernel, plain.bias = nnx.Param(kernel), nnx.Param(bias)
     return plain
 
 
@@ -182,69 +172,7 @@ class _Identity(nnx.Module):
         return x
 
 
-class _Named(nnx.Module):
-    """A layer that leaves its name in the program: of a batch norm on what it reads, else on its output."""
-
-    def __init__(self, name: str, layer: Any):
-        self.name, self.layer = name, layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer."""
-        if not isinstance(self.layer, nnx.BatchNorm):
-            return checkpoint_name(self.layer(*args, **kwargs), self.name)
-        x = args[0] if args else kwargs.pop("x")
-        if self.layer.axis in (-1, x.ndim - 1):  # else a layer's features are not those of the norm
-            x = checkpoint_name(x, self.name)
-        return self.layer(x, *args[1:], **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "layer"), name)
-
-
-def _norms_behind_layers(model: Any, x: Any, call_kwargs: Any) -> dict[Path, Path]:
-    """The batch norms that are all that reads the output of one layer, with its path; each is called once."""
-    paths: dict[str, Path] = {}
-
-    def named(path: Path, node: Any) -> Any:
-        if type(node) not in (nnx.Conv, nnx.Linear, PlainConv, PlainLinear, nnx.BatchNorm):
-            return node
-        kind = "norm" if isinstance(node, nnx.BatchNorm) else "layer"
-        paths[name := f"{kind} {len(paths)}"] = path
-        return _Named(name, node)
-
-    graph, state = nnx.split(nnx.recursive_map(named, model, graph=True))
-    jaxpr = jax.make_jaxpr(lambda x: nnx.merge(graph, state)(x, **call_kwargs))(x)
-    made, pairs, readers, calls = {}, {}, collections.Counter(), collections.Counter()
-
-    def walk(jaxpr: Any) -> None:
-        readers.update(id(var) for var in jaxpr.outvars)
-        for eqn in jaxpr.eqns:
-            readers.update(id(var) for var in eqn.invars)
-            name = eqn.params.get("name") if eqn.primitive.name == "name" else None
-            if name in paths:
-                calls[name] += 1
-                source = id(eqn.invars[0])
-                if name.startswith("layer"):
-                    made[id(eqn.outvars[0])] = name
-                elif source in made:
-                    pairs[name] = made[source], source
-            for inner in jaxprs_in_params(eqn.params):
-                walk(inner)
-
-    walk(jaxpr.jaxpr)
-    return {
-        paths[norm]: paths[layer]
-        for norm, (layer, output) in pairs.items()
-        if readers[output] == calls[norm] == calls[layer] == 1
-    }
-
-
-def _merge(norm: Any, layer: Any) -> None:
-    """Fold a batch norm into a layer of the copy."""
-    mean, var = norm.mean[...], norm.var[...]
-    gain = lax.rsqrt(var + norm.epsilon) * (1 if norm.scale is None else norm.scale[...])
-    offset = 0 if norm.bias is None else norm.bias[...]
-    bias = None if layer.bias is None else layer.bias[...]
-    kernel, bias = merged(layer.kernel[...], bias, mean, gain, offset, layer.dtype)
-    layer.kernel = nnx.Param(kernel)  # not in place: other layers may share it
-    layer.bias, layer.use_bias = nnx.Param(bias), True
+def _role(path: Path, node: Any) -> str | None:
+    if type(node) is nnx.BatchNorm:
+        return NORM
+    return LAYER if type(node) in (nnx.Conv, nnx.Linear, PlainConv, PlainLinear) else None

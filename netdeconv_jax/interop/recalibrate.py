@@ -18,6 +18,7 @@ from netdeconv_jax.linen import (
     DeconvDense,
     DeconvolvedModel,
 )
+from netdeconv_jax.whitening.batches import mean_over
 
 Tree = Any
 
@@ -55,7 +56,7 @@ def recalibrate(
     Returns:
       A dict like `variables`; `variables` themselves if there are no `batch_stats`.
     Raises:
-      ValueError: `batches` is empty.
+      ValueError: `batches` is empty, or one batch itself.
 
     Source: ours; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm"), for batch norm.
 
@@ -73,25 +74,11 @@ def recalibrate(
         return dict(variables)
     flags = tuple(sorted(({"train": True} if apply_kwargs is None else apply_kwargs).items()))
     variables = dict(variables)
-    mean, count = None, 0
-    for x in batches:
-        if mean is None:
-            shapes = jax.eval_shape(functools.partial(_own, model, flags), variables, x, rngs)
-            mean = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        size = jax.tree.leaves(x)[0].shape[0]
-        count += size
-        mean = _averaged(model, flags, variables, mean, size / count, x, rngs)
-    if mean is None:
-        raise ValueError("`batches` must hold at least one batch, got none.")
-    return {**variables, "batch_stats": laid_over(variables["batch_stats"], mean)}
+    own = mean_over(batches, lambda x: _own(model, flags, variables, x, rngs))
+    return {**variables, "batch_stats": laid_over(variables["batch_stats"], own)}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "flags"), donate_argnames="mean")
-def _averaged(model, flags, variables, mean, share, x, rngs):
-    own = _own(model, flags, variables, x, rngs)
-    return jax.tree.map(lambda old, new: old + (share * (new - old)).astype(old.dtype), mean, own)
-
-
+@functools.partial(jax.jit, static_argnames=("model", "flags"))
 def _own(model, flags, variables, x, rngs):
     """The batch's own statistics, where it is known how they enter the running ones."""
     # From a count of 0 a freeze schedule is active.

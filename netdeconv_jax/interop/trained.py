@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from netdeconv_jax import models
+from netdeconv_jax.interop.dry_run import kernel_shapes
 from netdeconv_jax.interop.weights import load_weights
 from netdeconv_jax.whitening import Eigh, WhiteningSpec
 
@@ -29,7 +30,8 @@ def load_model(
       The model, its variables as NumPy arrays, and the metadata, `config` as a dict of values by dotted name.
     Raises:
       FileNotFoundError: there is no file at `path`.
-      ValueError: it is not a safetensors file, or its metadata do not say which network it is.
+      ValueError: it is not a safetensors file, or its metadata do not say which network it is, or say
+        another than that of the weights.
       ImportError: the package safetensors is missing.
 
     Source: ours.
@@ -69,6 +71,16 @@ def load_model(
         model = _network(metadata, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} {error}") from error
+    if variables.get("params"):  # a file may be there for its metadata alone
+        try:
+            classes = kernel_shapes(model, variables)[-1][-1]
+        except KeyError as error:
+            network = metadata["network"]
+            raise ValueError(f"{where} the weights are not those of {network}.") from error
+        if classes != model.num_classes:
+            raise ValueError(
+                f"{where} `num_classes` is {model.num_classes}, of the weights {classes}."
+            )
     return model, variables, {**metadata, "config": dict(config)}
 
 

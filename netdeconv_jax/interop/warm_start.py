@@ -6,23 +6,20 @@ function is the same all the way, one pass of the folded model over data finds e
 """
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta, unfreeze
 
-from netdeconv_jax import ops
 from netdeconv_jax.interop.batch_norm import leaves
 from netdeconv_jax.interop.dry_run import WHITENED, Layer, Norm, Path, dry_run
 from netdeconv_jax.interop.fold import fold, fold_batch_norm, plainly
 from netdeconv_jax.interop.recalibrate import recalibrate
-from netdeconv_jax.interop.same_function import check_same
 from netdeconv_jax.linen import DeconvolvedModel, deconvolve
 from netdeconv_jax.linen.batch_norms import (
     first_argument,
@@ -32,8 +29,11 @@ from netdeconv_jax.linen.batch_norms import (
 )
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening import WhiteningSpec
+from netdeconv_jax.whitening.batches import first_and_all
 from netdeconv_jax.whitening.conversion import DenseRule, rules
+from netdeconv_jax.whitening.folding import features_axis, unfolded
 from netdeconv_jax.whitening.layer import layer_spec
+from netdeconv_jax.whitening.same_function import check_no_local_norm, check_same
 
 Tree = Any
 Leaves = dict[Path, Any]
@@ -58,7 +58,8 @@ def warm_start(
 
     Batch norms are folded into the convolutions (and dense layers, if these are converted) before them and
     gone. One that is not all that follows one such layer, as in front of a convolution, or that is shared,
-    cannot be folded: it stays a batch norm, and the report of the model says so.
+    cannot be folded: it stays a batch norm, and the report of the model says so. So does a transposed
+    convolution with strides: it has one bias, where whitening would need one for each phase.
 
     Args:
       model: a Linen module, or a network of the zoo of `norm="batch"`.
@@ -73,10 +74,10 @@ def warm_start(
       The model and its variables. The model is `deconvolve(model, spec, ...)`; of a network of the zoo it is
       its twin of `norm="deconv"`, if all its batch norms fold.
     Raises:
-      ValueError: `batches` is empty; `spec` has a `local_norm`; `model` has nothing to convert, or layers
-        stacked by `nn.scan`; or on the first batch outputs differ by more than rounding, as where a norm is
-        not what it seems.
-      TypeError: `spec` is no `WhiteningSpec`.
+      ValueError: `batches` is empty, or one batch itself; `spec` has a `local_norm`; `model` has nothing to
+        convert, or layers stacked by `nn.scan`; or on the first batch outputs differ by more than rounding,
+        as where a norm is not what it seems.
+      TypeError: `spec` is no `WhiteningSpec`, or `model` no Linen module.
 
     Source: ours.
 
@@ -91,16 +92,15 @@ def warm_start(
       >>> bool(jnp.allclose(model.apply(variables, x), net.apply(trained, x), atol=1e-4))
       True
     """
-    own = model.spec if isinstance(model, Network) else WhiteningSpec()
-    if (local_norm := layer_spec(spec, own).local_norm) is not None:
-        raise ValueError(
-            f"`spec` must have no `local_norm` for a warm start, got {local_norm!r}: each sample would be "
-            "divided by its own deviation, which is another function than the one that was trained."
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a Linen module, got {type(model).__name__}; for NNX there is "
+            "`netdeconv_jax.nnx.warm_start`."
         )
+    own = model.spec if isinstance(model, Network) else WhiteningSpec()
+    check_no_local_norm(layer_spec(spec, own))
     flags = {"train": False} if apply_kwargs is None else dict(apply_kwargs)
-    batches = iter(batches)
-    if (x := next(batches, None)) is None:
-        raise ValueError("`batches` must hold at least one batch, got none.")
+    x, batches = first_and_all(batches)
     plain = unfreeze(meta.unbox(dict(variables)))
     shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     start = None
@@ -108,8 +108,9 @@ def warm_start(
         start = _twin(model, plain, spec, shape, flags, axis_name)
     if start is None:
         start = _converted(model, plain, shape, flags, rngs, spec, dense, keep, axis_name)
-    found = _whitened(*start, itertools.chain([x], batches), shape, flags, rngs)
-    check_same(model, plain, found, x, flags, rngs)
+    found = _whitened(*start, batches, shape, flags, rngs)
+    run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, found[0]))
+    check_same(run, plain, again, found[1], x)
     return found
 
 
@@ -137,8 +138,8 @@ def _converted(
     converted = deconvolve(model, spec, dense=dense, keep=keep, axis_name=axis_name)
 
     def leaving(norms: Iterable[Path]) -> DeconvolvedModel:
-        left = dataclasses.replace(converted.rules, unfolded=frozenset(norms))
-        return dataclasses.replace(converted, rules=left)
+        warm = dataclasses.replace(converted.rules, unfolded=frozenset(norms), warm=True)
+        return dataclasses.replace(converted, rules=warm)
 
     params, stats = (leaves(variables.get(name, {})) for name in ("params", "batch_stats"))
     found = _batch_norms(lambda x: model.apply(variables, x, rngs=rngs, **flags), x)
@@ -153,18 +154,19 @@ def _converted(
         raise ValueError("`model` has no convolution to convert, or runs it in a `jit` of its own.")
     # No rounding of kernels: they are not yet those that a convolution will use.
     layers = {path: dataclasses.replace(layer, dtype=None) for path, layer in layers.items()}
-    unfolded = []
+    left = []
     for path, norm in norms.items():
-        if converted.rules.why_kept(path) or not _folds(path, norm, params, stats):
-            unfolded.append(path)
+        if converted.rules.why_kept(path) or not _folds(path, norm, layers, params, stats):
+            left.append(path)
             continue
         fold_batch_norm(path, norm, layers, params, stats)
         if (dtype := found[path]) is not None:
             params[(*path, "scale")] = jnp.ones((), dtype)
-    for path in layers:
+    for path, layer in layers.items():
         kernel = params[(*path, "kernel")]
-        params.setdefault((*path, "bias"), jnp.zeros(kernel.shape[-1], kernel.dtype))
-    return leaving(unfolded), layers, {**variables, **_trees(params, stats)}
+        features = kernel.shape[features_axis(layer.groups)]
+        params.setdefault((*path, "bias"), jnp.zeros(features, kernel.dtype))
+    return leaving(left), layers, {**variables, **_trees(params, stats)}
 
 
 def _batch_norms(run, x) -> dict[Path, Any]:
@@ -185,11 +187,14 @@ def _batch_norms(run, x) -> dict[Path, Any]:
     return found
 
 
-def _folds(path: Path, norm: Norm, params: Leaves, stats: Leaves) -> bool:
+def _folds(
+    path: Path, norm: Norm, layers: Mapping[Path, Layer], params: Leaves, stats: Leaves
+) -> bool:
     """Whether a batch norm is one of the features of one layer before it."""
     if norm.behind is None:
         return False
-    features = params[(*norm.behind, "kernel")].shape[-1:]
+    axis = features_axis(layers[norm.behind].groups)
+    features = (params[(*norm.behind, "kernel")].shape[axis],)
     own = {leaf[len(path)] for leaf in params if leaf[: len(path)] == path}
     if not own <= {"scale", "bias"}:
         return False
@@ -246,7 +251,7 @@ def _whitened(model, layers, variables, batches, x, flags, rngs):
         names = ("kernel", "bias")
         params |= zip(
             ((*path, name) for name in names),
-            _behind(
+            unfolded(
                 *(params[(*path, name)] for name in names),
                 stats[(*path, "mean")],
                 stats[(*path, "whitener")],
@@ -260,17 +265,3 @@ def _whitened(model, layers, variables, batches, x, flags, rngs):
 def _trees(params: Leaves, stats: Leaves) -> dict[str, Tree]:
     both = {"params": params, "batch_stats": stats}
     return {name: traverse_util.unflatten_dict(flat) for name, flat in both.items()}
-
-
-def _behind(kernel, bias, mean, whitener, groups):
-    """Kernel and bias that behind a whitener and a mean do what these do without."""
-    inverse = np.linalg.inv(np.asarray(whitener, np.float64)).astype(whitener.dtype)
-    zero = jnp.zeros_like(mean)
-
-    def times(matrix, kernel):
-        return ops.fold(kernel, None, zero, matrix, groups)[0]
-
-    unfolded = times(inverse, kernel)
-    unfolded += times(inverse, kernel - times(whitener, unfolded))  # what rounding left
-    _, shift = ops.fold(unfolded, None, mean, whitener, groups)
-    return unfolded, (bias - shift).astype(bias.dtype)

@@ -35,8 +35,6 @@ from netdeconv_jax.whitening.conversion import (
 )
 
 _OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
-_UNKNOWN = (nn.ConvTranspose, nn.ConvLocal)  # there is nothing to convert these to
-_LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, *_UNKNOWN)
 _WRAPPERS = (nn.SpectralNorm, nn.WeightNorm)
 _SHARED = (
     "features",
@@ -47,15 +45,44 @@ _SHARED = (
     "bias_init",
     "promote_dtype",
 )
-_GEOMETRY = (
-    "kernel_size",
-    "strides",
-    "padding",
-    "input_dilation",
-    "kernel_dilation",
-    "feature_group_count",
-)
+_GEOMETRY = ("kernel_size", "strides", "padding", "kernel_dilation")
+_OPERATIONS = ("conv_general_dilated", "dot_general")
 _REMEMBERED = 64  # outputs among which a batch norm looks for the layer that made its input
+
+
+class _Unsown:
+    """A layer in the place of another, which stores their output where outputs are captured."""
+
+    def sow(self, col: str, name: str, value: Any, *args: Any, **kwargs: Any) -> bool:
+        """Store a value, as `nn.Module.sow`."""
+        if (col, name) == ("intermediates", "__call__"):
+            return False
+        layer: Any = super()
+        return layer.sow(col, name, value, *args, **kwargs)
+
+
+class _Conv(_Unsown, DeconvConv):
+    pass
+
+
+class _ConvTranspose(_Unsown, DeconvConvTranspose):
+    pass
+
+
+class _Dense(_Unsown, DeconvDense):
+    pass
+
+
+# What stands in the place of each kind, and the settings that it takes over besides the shared ones.
+_TWINS: dict[type[nn.Module], tuple[type[Any], tuple[str, ...]]] = {
+    nn.Conv: (_Conv, (*_GEOMETRY, "input_dilation", "feature_group_count")),
+    nn.ConvTranspose: (
+        _ConvTranspose,
+        (*_GEOMETRY, "transpose_kernel", "preferred_element_type"),
+    ),
+    nn.Dense: (_Dense, ()),
+}
+_LINEAR = (*_TWINS, nn.DenseGeneral, nn.ConvLocal)  # there is nothing to convert the last to
 
 
 class Conversion:
@@ -124,41 +151,23 @@ class Conversion:
             return None, why
         if self._wrapped:
             return None, "below a SpectralNorm or WeightNorm, which would normalize the whitener"
-        if isinstance(module, nn.Conv):
-            return self._conv(module)
-        if isinstance(module, nn.Dense):
-            return self._dense(module, path, x)
-        return None, f"{type(module).__name__} is not converted"
-
-    def _conv(self, module: nn.Conv) -> tuple[DeconvConv | None, str]:
-        if module.mask is not None:
-            return None, "has a mask of its kernel"
-        if type(module).param is not nn.Conv.param:
-            return None, f"{type(module).__name__} changes its parameters"
-        convolve = module.conv_general_dilated
-        if module.conv_general_dilated_cls is not None:
-            convolve = module.conv_general_dilated_cls()
-        return DeconvConv(
-            **_fields(module, _SHARED + _GEOMETRY),
-            conv_general_dilated=convolve,
-            spec=self._rules.spec,
-            **self._common(module),
-        ), "by DeconvConv"
-
-    def _dense(
-        self, module: nn.Dense, path: Path, inputs: jax.Array
-    ) -> tuple[DeconvDense | None, str]:
-        if not self._rules.wants_dense(path, jnp.shape(inputs)[-1], module.features):
+        kind = next((kind for kind in _TWINS if isinstance(module, kind)), None)
+        if kind is None:
+            return None, f"{type(module).__name__} is not converted"
+        if kind is nn.Dense and not self._rules.wants_dense(
+            path, jnp.shape(x)[-1], module.features
+        ):
             return None, "`dense` does not ask for it"
-        if type(module).param is not nn.Dense.param:
+        if getattr(module, "mask", None) is not None:
+            return None, "has a mask of its kernel"
+        if type(module).param is not kind.param:
             return None, f"{type(module).__name__} changes its parameters"
-        dot = module.dot_general if module.dot_general_cls is None else module.dot_general_cls()
-        return DeconvDense(
-            **_fields(module, _SHARED),
-            dot_general=dot,
-            spec=self._rules.dense_spec,
-            **self._common(module),
-        ), "by DeconvDense"
+        if kind is nn.ConvTranspose and (why := self._rules.why_strided(module.strides)):
+            return None, why
+        twin, settings = _TWINS[kind]
+        spec = self._rules.dense_spec if kind is nn.Dense else self._rules.spec
+        fields = _fields(module, (*_SHARED, *settings)) | _operations(module)
+        return twin(**fields, spec=spec, **self._common(module)), f"by Deconv{kind.__name__}"
 
     def _common(self, module: nn.Module) -> dict[str, Any]:
         """Return where the new layer's variables live, and which statistics it uses."""
@@ -174,7 +183,7 @@ class Conversion:
         axis_name = self._rules.axis_name
         return {"use_running_average": running, "axis_name": axis_name, "parent": module.scope}
 
-    def _whitened(self, twin: DeconvConv | DeconvDense, inputs: Any) -> jax.Array:
+    def _whitened(self, twin: Any, inputs: Any) -> jax.Array:
         x = jnp.asarray(inputs)
         if not jnp.issubdtype(x.dtype, jnp.inexact):  # which nn.Conv promotes
             x = x.astype(twin.dtype or twin.param_dtype)
@@ -219,6 +228,16 @@ def converting(rules: Rules) -> Iterator[Conversion]:
     conversion = Conversion(rules)
     with nn.intercept_methods(conversion):
         yield conversion
+
+
+def _operations(module: nn.Module) -> dict[str, Any]:
+    """The function that a layer convolves or multiplies by, whether given or made by a class."""
+    found = {}
+    for name in _OPERATIONS:
+        if hasattr(module, name):
+            make = getattr(module, f"{name}_cls", None)
+            found[name] = getattr(module, name) if make is None else make()
+    return found
 
 
 def _fields(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:

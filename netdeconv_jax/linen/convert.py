@@ -129,10 +129,11 @@ def deconvolve(
 
     The rules:
 
-    - Every `nn.Conv` becomes a `DeconvConv` of the same settings and initial kernel, always with a bias. One
-      with a `mask` of its kernel, of a class that changes its parameters, or below `nn.SpectralNorm` or
-      `nn.WeightNorm` stays. `nn.Dense` becomes `DeconvDense` where `dense` says so, in blocks of 512 features
-      at least. `nn.ConvTranspose`, `nn.ConvLocal` and `nn.DenseGeneral` stay.
+    - Every `nn.Conv` becomes a `DeconvConv`, every `nn.ConvTranspose` a `DeconvConvTranspose`, of the same
+      settings and initial kernel, always with a bias. One with a `mask` of its kernel, of a class that
+      changes its parameters, or below `nn.SpectralNorm` or `nn.WeightNorm` stays. `nn.Dense` becomes
+      `DeconvDense` where `dense` says so, in blocks of 512 features at least. `nn.ConvLocal` and
+      `nn.DenseGeneral` stay.
     - Batch statistics are used, and `batch_stats` updated, where `batch_stats` (or `moments`) is mutable and
       the model is not initializing; running statistics otherwise, whatever the model's own `train` says.
     - Every batch norm becomes the identity, also of classes that are like `nn.BatchNorm` in settings and

@@ -1,7 +1,7 @@
 """Network deconvolution for Flax NNX: layers, and models converted to them."""
 
 from netdeconv_jax.nnx.convert import conversion_report, deconvolve
-from netdeconv_jax.nnx.former import FormerConv, FormerLinear, FormerNorm
+from netdeconv_jax.nnx.former import FormerConv, FormerConvTranspose, FormerLinear, FormerNorm
 from netdeconv_jax.nnx.layers import (
     ChannelDeconv,
     DeconvConv,
@@ -11,6 +11,7 @@ from netdeconv_jax.nnx.layers import (
     WhiteningDiagnostic,
     WhiteningStat,
 )
+from netdeconv_jax.nnx.warm_start import warm_start
 
 __all__ = [
     "ChannelDeconv",
@@ -19,10 +20,12 @@ __all__ = [
     "DeconvDense",
     "DeconvLinear",
     "FormerConv",
+    "FormerConvTranspose",
     "FormerLinear",
     "FormerNorm",
     "WhiteningDiagnostic",
     "WhiteningStat",
     "conversion_report",
     "deconvolve",
+    "warm_start",
 ]

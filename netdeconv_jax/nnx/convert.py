@@ -1,45 +1,63 @@
 """Any NNX model with whitening layers in the place of its own: `deconvolve`."""
 
 import dataclasses
-import inspect
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from netdeconv_jax.nnx.former import FormerConv, FormerLinear, FormerNorm, is_norm, starts_at_zero
+from netdeconv_jax.nnx.former import (
+    FormerConv,
+    FormerConvTranspose,
+    FormerLinear,
+    FormerNorm,
+    is_norm,
+)
 from netdeconv_jax.nnx.layers import WhiteningStat
+from netdeconv_jax.nnx.plan import evaluated, located, map_layers, plan
 from netdeconv_jax.whitening.conversion import (
-    DROPPED,
     KEPT,
-    REPLACED,
     DenseRule,
     Entry,
     Path,
     Report,
     Rules,
-    explain_norm,
-    explain_unwhitened,
     rules,
 )
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
-_LINEAR = (nnx.Conv, nnx.Linear, nnx.ConvTranspose, nnx.LinearGeneral)
-_WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm)
+_SHARED = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
+_SHAPE = ("in_features", "out_features")
+_GEOMETRY = ("padding", "kernel_dilation")
+# What stands in the place of each kind, and the settings that it takes over by place and by name.
+_TWINS: dict[type[nnx.Module], tuple[type[Any], tuple[str, ...], tuple[str, ...]]] = {
+    nnx.Conv: (
+        FormerConv,
+        (*_SHAPE, "kernel_size", "strides"),
+        (*_GEOMETRY, "input_dilation", "feature_group_count", "conv_general_dilated"),
+    ),
+    nnx.ConvTranspose: (
+        FormerConvTranspose,
+        (*_SHAPE, "kernel_size", "strides"),
+        (*_GEOMETRY, "transpose_kernel"),
+    ),
+    nnx.Linear: (FormerLinear, _SHAPE, ("dot_general",)),
+}
 _zeros = nnx.initializers.zeros_init()
 
 
 def deconvolve(
     model: Any,
     spec: WhiteningSpec | None = None,
+    x: Any = None,
     *,
     dense: DenseRule = False,
     keep: str | Sequence[str] = (),
     use_running_average: bool | None = None,
     axis_name: Any = None,
+    **call_kwargs: Any,
 ) -> Any:
     """Return a copy of an NNX model whose convolutions whiten, with its batch norms the identity.
 
@@ -47,10 +65,10 @@ def deconvolve(
 
     The rules are those of `netdeconv_jax.deconvolve`:
 
-    - Every `nnx.Conv` becomes a `DeconvConv` with the same settings and kernel, always with a bias. One with
-      a `mask` of its kernel, of a class with another `__call__`, or below `nnx.SpectralNorm` or
-      `nnx.WeightNorm` stays. `nnx.Linear` becomes `DeconvDense` where `dense` says so, in blocks of 512
-      features at least. `nnx.ConvTranspose` and `nnx.LinearGeneral` stay.
+    - Every `nnx.Conv` becomes a `DeconvConv`, every `nnx.ConvTranspose` a `DeconvConvTranspose`, with the
+      same settings and kernel, always with a bias. One with a `mask` of its kernel, of a class with another
+      `__call__`, or below `nnx.SpectralNorm` or `nnx.WeightNorm` stays. `nnx.Linear` becomes `DeconvDense`
+      where `dense` says so, in blocks of 512 features at least. `nnx.LinearGeneral` stays.
     - Batch statistics are used after `train()`, running ones after `eval()`, as with `nnx.BatchNorm`; at
       first as the model's batch norms do. A `use_running_average` that the model passes to a batch norm
       in the call does not reach the convolutions.
@@ -58,18 +76,22 @@ def deconvolve(
       modules, unless `keep` names it; heirs with a `__call__` of their own stay. One whose scale is zero
       becomes the product with one learnt scalar that starts at zero. A `mask` that it is called with is not
       used.
-    - No input is given here, so that it is not known what a batch norm follows: **one behind a layer that
-      stays is dropped, unless `keep` names it**. `conversion_report` lists these.
+    - Given an input `x`, a batch norm that directly follows a layer that stays is kept. Without one it is
+      not known what a batch norm follows: **one behind a layer that stays is then dropped, unless `keep`
+      names it**.
 
-    `conversion_report` lists what is done and why. Convert outside of `nnx.jit` and `nnx.eval_shape`.
+    `conversion_report` lists what is done and why, given an input. Convert outside of `nnx.jit` and
+    `nnx.eval_shape`.
 
     Args:
       model: an `nnx.Module`; layers in lists and dicts, shared and stacked ones (`nnx.vmap`) included.
       spec: how the new layers whiten, default that of `DeconvConv`.
+      x: an input of the model, or its shape and dtype, to find out what its norms follow.
       dense: False, True, patterns of paths, or a function of (path, in_features, out_features).
       keep: patterns of paths of the layers that stay what they are; see `netdeconv_jax.deconvolve`.
       use_running_average: of the new layers at first.
       axis_name: mapped axis over which statistics are pooled, as `nnx.BatchNorm`.
+      **call_kwargs: what the model's call needs besides `x`.
     Returns:
       A module of the class of `model`; a `FormerConv`, a `DeconvConv` too, if it is a convolution itself.
     Raises:
@@ -89,32 +111,28 @@ def deconvolve(
       ('FormerConv', (2, 8, 8, 8))
     """
     wanted = rules(spec, dense, keep, use_running_average, axis_name)
-    running = use_running_average if use_running_average is not None else _mode(_checked(model))
-    seen: list[Path] = []
-
-    def convert(path: Path, node: nnx.Module, wrapped: bool) -> nnx.Module:
-        seen.append(path)
-        plan = _plan(path, node, wanted, wrapped)
-        if plan.action == KEPT:
-            return node
-        if isinstance(node, nnx.Conv):
-            return _conv(node, wanted, running)
-        return _dense(node, wanted, running) if isinstance(node, nnx.Linear) else FormerNorm(node)
-
-    converted = _map(convert, nnx.clone(model))
-    wanted.check_used(seen)
-    return converted
+    plans = plan(model, wanted)
+    wanted.check_used(plans)
+    if x is not None:
+        plans |= located(model, plans, (x,), call_kwargs)[0]
+    return converted(model, plans, wanted)
 
 
 def conversion_report(
-    model: Any, *args: Any, dense: DenseRule = False, keep: str | Sequence[str] = (), **kwargs: Any
+    model: Any,
+    *args: Any,
+    dense: DenseRule = False,
+    keep: str | Sequence[str] = (),
+    warm: bool = False,
+    **kwargs: Any,
 ) -> Report:
-    """Return what `deconvolve` makes of each layer of a model that is not converted yet.
+    """Return what `deconvolve`, given the input, makes of each layer of a model that is not converted yet.
 
     Args:
       model: an `nnx.Module`.
       *args: inputs of the model, from a trace with which it is known what stands behind what.
       dense, keep: as `deconvolve`.
+      warm: whether to report what `warm_start` does.
       **kwargs: to the model.
     Returns:
       A `Report`, which prints as a table, of the layers that the call runs.
@@ -134,93 +152,49 @@ def conversion_report(
       dropped   layers/1  BatchNorm  follows layers/0, which whitens
       1 replaced, 1 dropped, 0 kept
     """
-    wanted, record = rules(None, dense, keep, None, None), _Record()
-
-    def probe(path: Path, node: nnx.Module, wrapped: bool) -> nnx.Module:
-        return _probed(path, node, _plan(path, node, wanted, wrapped), record)
-
-    probed = _map(probe, nnx.clone(_checked(model)))
-    given, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
-    traced = {i: leaf for i, leaf in enumerate(given) if hasattr(leaf, "shape") or _is_node(leaf)}
-
-    def run(probed: Any, arrays: dict[int, Any]) -> Any:
-        leaves = [arrays.get(i, leaf) for i, leaf in enumerate(given)]  # flags stay what they are
-        args, kwargs = jax.tree.unflatten(structure, leaves)
-        return probed(*args, **kwargs)
-
-    nnx.eval_shape(run, probed, traced)
-    wanted.check_used(record.entries)
-    return Report(tuple(record.entries.values()))
+    wanted = dataclasses.replace(rules(None, dense, keep, None, None), warm=warm)
+    model = evaluated(model) if warm else model
+    found, _ = located(model, plan(model, wanted), args, kwargs, warm=warm)
+    wanted.check_used(found)
+    return Report(tuple(found.values()))
 
 
-def _plan(path: Path, node: nnx.Module, wanted: Rules, wrapped: bool = False) -> Entry:
-    """What becomes of a layer; of a norm it is not yet known what it stands behind."""
+def converted(model: nnx.Module, plans: Mapping[Path, Entry], wanted: Rules) -> Any:
+    """Return a copy of a model with everything done that is planned."""
+    given = wanted.use_running_average
+    running = _mode(model) if given is None else given
 
-    def entry(action: str, why: str) -> Entry:
-        return Entry("/".join(path), type(node).__name__, action, why)
+    def convert(path: Path, node: nnx.Module, wrapped: bool) -> nnx.Module:
+        del wrapped
+        if plans[path].action == KEPT:
+            return node
+        return FormerNorm(node) if is_norm(node) else _twin(node, wanted, running)
 
-    kind = nnx.Conv if isinstance(node, nnx.Conv) else nnx.Linear
-    if why := wanted.why_kept(path):
-        return entry(KEPT, why)
-    if isinstance(node, nnx.BatchNorm) and type(node).__call__ is not nnx.BatchNorm.__call__:
-        return entry(KEPT, f"{type(node).__name__} has a `__call__` of its own")
-    if is_norm(node):
-        return entry(DROPPED, explain_norm(None, scalar=starts_at_zero(node)))
-    if not isinstance(node, nnx.Conv | nnx.Linear):
-        return entry(KEPT, f"{type(node).__name__} is not converted")
-    if wrapped:
-        return entry(KEPT, "below a SpectralNorm or WeightNorm, which would normalize the whitener")
-    if isinstance(node, nnx.Linear) and not wanted.wants_dense(
-        path, node.in_features, node.out_features
-    ):
-        return entry(KEPT, "`dense` does not ask for it")
-    if getattr(node, "mask", None) is not None:
-        return entry(KEPT, "has a mask of its kernel")
-    if type(node).__call__ is not kind.__call__:
-        return entry(KEPT, f"{type(node).__name__} has a `__call__` of its own")
-    return entry(REPLACED, f"by {'DeconvConv' if kind is nnx.Conv else 'DeconvDense'}")
+    return map_layers(convert, nnx.clone(model))
 
 
-def _conv(conv: nnx.Conv, wanted: Rules, running: bool) -> FormerConv:
-    twin = FormerConv(
-        conv.in_features,
-        conv.out_features,
-        conv.kernel_size,
-        conv.strides,
-        padding=conv.padding,
-        input_dilation=conv.input_dilation,
-        kernel_dilation=conv.kernel_dilation,
-        feature_group_count=conv.feature_group_count,
-        conv_general_dilated=conv.conv_general_dilated,
-        spec=wanted.spec,
-        **_common(conv, wanted, running),
+def _twin(layer: Any, wanted: Rules, running: bool) -> Any:
+    """What whitens in the place of a layer, with its kernel and bias."""
+    kind = next(kind for kind in _TWINS if isinstance(layer, kind))
+    twin, places, names = _TWINS[kind]
+    settings = {name: getattr(layer, name) for name in (*_SHARED, *names)}
+    if settings.get("dot_general") is jax.lax.dot_general:
+        settings["dot_general"] = None  # whose default rounds once where this one would round twice
+    return _with_variables_of(
+        layer,
+        twin(
+            *(getattr(layer, name) for name in places),
+            **settings,
+            spec=wanted.dense_spec if kind is nnx.Linear else wanted.spec,
+            use_running_average=running,
+            axis_name=wanted.axis_name,
+            kernel_init=_zeros,  # to be replaced
+            rngs=nnx.Rngs(0),
+        ),
     )
-    return _with_variables_of(conv, twin)
 
 
-def _dense(dense: nnx.Linear, wanted: Rules, running: bool) -> FormerLinear:
-    twin = FormerLinear(
-        dense.in_features,
-        dense.out_features,
-        # Its own default rounds once where this one would round twice.
-        dot_general=None if dense.dot_general is jax.lax.dot_general else dense.dot_general,
-        spec=wanted.dense_spec,
-        **_common(dense, wanted, running),
-    )
-    return _with_variables_of(dense, twin)
-
-
-def _common(layer: nnx.Conv | nnx.Linear, wanted: Rules, running: bool) -> dict[str, Any]:
-    names = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
-    return {name: getattr(layer, name) for name in names} | {
-        "use_running_average": running,
-        "axis_name": wanted.axis_name,
-        "kernel_init": _zeros,  # to be replaced
-        "rngs": nnx.Rngs(0),
-    }
-
-
-def _with_variables_of(layer: nnx.Conv | nnx.Linear, twin: Any) -> Any:
+def _with_variables_of(layer: Any, twin: Any) -> Any:
     """Give the twin the kernel and bias of a layer, and the axes of one that `nnx.vmap` has stacked."""
     lead = layer.kernel.shape[: len(layer.kernel.shape) - len(twin.kernel.shape)]
     twin.kernel = layer.kernel
@@ -237,76 +211,7 @@ def _stacked(variable: Any, lead: tuple[int, ...]) -> Any:
     return WhiteningStat(value) if isinstance(variable, WhiteningStat) else nnx.Param(value)
 
 
-class _Record:
-    """What the layers of a trace were, and which of their outputs are alive."""
-
-    def __init__(self):
-        self.entries: dict[Path, Entry] = {}
-        self.made: list[tuple[weakref.ref, Path, bool]] = []  # and whether it whitens
-
-
-def _probed(path: Path, layer: Any, plan: Entry, record: _Record) -> Any:
-    """The layer, which runs as it is, and notes what a conversion would make of it."""
-    kind = type(layer)
-    name = next(iter(inspect.signature(layer.__call__).parameters), None)
-    scalar = is_norm(layer) and starts_at_zero(layer)  # which a trace could not tell
-
-    class Probe(kind):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            found = plan
-            if plan.action == DROPPED:
-                x = args[0] if args else kwargs.get(name or "")
-                made = ((path, whitens) for made, path, whitens in record.made if made() is x)
-                source, whitens = next(made, (None, True))
-                why = explain_norm(source if whitens else None, scalar=scalar)
-                if source is not None and not whitens:
-                    why = f"{explain_unwhitened(source)}: name it in `keep`"
-                found = dataclasses.replace(plan, why=why)
-            record.entries[path] = found
-            y = super().__call__(*args, **kwargs)
-            if isinstance(self, _LINEAR):
-                record.made.append((weakref.ref(y), path, plan.action == REPLACED))
-            return y
-
-    # Of its class, and not around it: what holds it may look at its variables.
-    layer.__class__ = Probe
-    return layer
-
-
-def _map(change: Callable[[Path, Any, bool], Any], model: nnx.Module) -> Any:
-    """Return the model with every linear layer and batch norm changed, which is told if it is wrapped."""
-    # By their kernels, which are shared by the copies that nnx makes of the modules.
-    wrapped = {
-        id(inner.kernel)
-        for _, wrapper in nnx.iter_modules(model)
-        if isinstance(wrapper, _WRAPPERS)
-        for _, inner in nnx.iter_modules(wrapper)
-        if isinstance(inner, _LINEAR)
-    }
-
-    def visit(path, node):
-        if isinstance(node, _LINEAR) or is_norm(node):
-            return change(tuple(map(str, path)), node, id(getattr(node, "kernel", None)) in wrapped)
-        return node
-
-    return nnx.recursive_map(visit, model)
-
-
-def _checked(model: Any) -> nnx.Module:
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be an NNX module, got {type(model).__name__}; for Linen there is "
-            "`netdeconv_jax.deconvolve`."
-        )
-    return model
-
-
 def _mode(model: nnx.Module) -> bool:
     """Whether a model's batch norms, if it has any, use running statistics."""
     norms: list[Any] = [module for _, module in nnx.iter_modules(model) if is_norm(module)]
     return bool(norms) and all(norm.use_running_average for norm in norms)
-
-
-def _is_node(given: Any) -> bool:
-    """Whether an argument is a module, or random numbers, that a trace must take apart."""
-    return isinstance(given, nnx.Module | nnx.Rngs)

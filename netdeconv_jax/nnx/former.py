@@ -73,6 +73,25 @@ class FormerConv(DeconvConv):
         return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
 
 
+class FormerConvTranspose(DeconvConvTranspose):
+    """A `DeconvConvTranspose` that is called as the `nnx.ConvTranspose` in whose place it stands.
+
+    Source: ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from netdeconv_jax import nnx as dnnx
+      >>> layer = dnnx.deconvolve(nnx.ConvTranspose(3, 4, (4, 4), 2, rngs=nnx.Rngs(0)))
+      >>> layer(inputs=jnp.ones((2, 8, 8, 3), jnp.uint8)).shape
+      (2, 16, 16, 4)
+    """
+
+    def __call__(self, inputs: Any = None, *args: Any, out_sharding: Any = None, **kwargs: Any):
+        """Return what a `DeconvConvTranspose` does of `inputs`, or of `x`, its own name for them."""
+        return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
+
+
 class FormerLinear(DeconvDense):
     """A `DeconvDense` that is called as the `nnx.Linear` in whose place it stands; see `FormerConv`.
 

@@ -304,9 +304,14 @@ class DeconvConv(_Deconvolved):
         return conv_groups(self.spec, self.in_features, 1, self.feature_group_count).width
 
     @property
-    def _mean_shape(self) -> tuple[int, ...]:
+    def groups(self) -> ops.ColumnGroups:
+        """How columns of patches are whitened together."""
         taps, count = self.geometry.taps, self.feature_group_count
-        return conv_groups(self.spec, self.in_features, taps, count).mean_shape
+        return conv_groups(self.spec, self.in_features, taps, count)
+
+    @property
+    def _mean_shape(self) -> tuple[int, ...]:
+        return self.groups.mean_shape
 
     def __call__(
         self,
@@ -464,6 +469,11 @@ class DeconvConvTranspose(_Deconvolved):
         return conv_groups(self.spec, self.in_features, 1).width
 
     @property
+    def groups(self) -> tuple[ops.Transposed, WhiteningSpec]:
+        """Geometry and spec, from which follows how columns of each phase are whitened together."""
+        return self.geometry, self.spec
+
+    @property
     def _mean_shape(self) -> tuple[int, ...]:
         return transposed_shape(self.spec, self.in_features, self.geometry)
 
@@ -608,8 +618,13 @@ class DeconvDense(_Deconvolved):
         return dense_groups(self.spec, self.in_features).width
 
     @property
+    def groups(self) -> ops.ColumnGroups:
+        """How features are whitened together."""
+        return dense_groups(self.spec, self.in_features)
+
+    @property
     def _mean_shape(self) -> tuple[int, ...]:
-        return dense_groups(self.spec, self.in_features).mean_shape
+        return self.groups.mean_shape
 
     def __call__(
         self,

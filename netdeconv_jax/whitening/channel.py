@@ -13,6 +13,7 @@ from jax import lax
 from netdeconv_jax import ops
 from netdeconv_jax.ops.grouping import check_count
 from netdeconv_jax.ops.patch_moments import flat_position, full_mask
+from netdeconv_jax.whitening.layer import check_samples
 from netdeconv_jax.whitening.running import (
     LOCAL,
     Reduction,
@@ -95,6 +96,7 @@ def channel_deconv(
         mean, whitener = running.whitened.mean, running.whitened.whitener
         rest_mean, rest_var = running.rest_mean, running.rest_var
     else:
+        check_samples(x)
         if moments is None:
             moments = _moments(x, grouped, rest, mask, spec, reduction, running.whitened.mean.dtype)
         now, running = _step(running, moments, spec)

@@ -10,6 +10,7 @@ from jax import lax
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import full_mask
+from netdeconv_jax.whitening.layer import check_samples
 from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
 from netdeconv_jax.whitening.spec import WhiteningSpec
@@ -102,8 +103,8 @@ def deconv_conv(
             f"got {kernel.shape[-1]}."
         )
     batch_shape = x.shape[: -geometry.ndim - 1]
-    if not (use_running_average or x.size):
-        raise ValueError(f"`x` has no samples to take statistics from: shape {x.shape}.")
+    if not use_running_average:
+        check_samples(x)
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     x = locally_normalized(x, spec.local_norm, ndim=geometry.ndim, mask=mask, dtype=dtype)
     if mask is not None and len(batch_shape) != 1:
@@ -200,6 +201,8 @@ def deconv_dense(
 
     Source: Delinear of the original code.
     """
+    if not use_running_average:
+        check_samples(x)
     dtype = dtype or jnp.promote_types(x.dtype, kernel.dtype)
     x = locally_normalized(x, spec.local_norm, ndim=0, mask=mask, dtype=dtype)
     groups = dense_groups(spec, x.shape[-1])

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+
 from netdeconv_jax.whitening.layer import layer_spec
 from netdeconv_jax.whitening.spec import WhiteningSpec
 from netdeconv_jax.whitening.strategies import Contiguous
@@ -15,6 +17,7 @@ DenseRule = bool | str | Sequence[str] | Callable[[str, int, int], bool]
 DENSE_BLOCK = 512  # of `DeconvDense`, whatever the blocks of the convolutions
 
 REPLACED, DROPPED, KEPT = "replaced", "dropped", "kept"
+UNFOLDED = "cannot be folded: not all that follows one whitening layer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Rules:
       use_running_average: of every layer that whitens; None to follow the model's mode.
       axis_name: mapped axis over which statistics are pooled.
       unfolded: paths of batch norms that a warm start had to leave.
+      warm: whether what is learnt must stay as it is, as in a warm start.
     """
 
     spec: WhiteningSpec | None = None
@@ -108,6 +112,7 @@ class Rules:
     use_running_average: bool | None = None
     axis_name: Any = None
     unfolded: frozenset[Path] = frozenset()
+    warm: bool = False
 
     def wants_dense(self, path: Path, in_features: int, features: int) -> bool:
         """Return whether a dense layer is to be converted."""
@@ -122,7 +127,13 @@ class Rules:
         if matches(path, self.keep):
             return "named in `keep`"
         if path in self.unfolded:
-            return "cannot be folded: not all that follows one whitening layer"
+            return UNFOLDED
+        return None
+
+    def why_strided(self, strides: int | Sequence[int] | None) -> str | None:
+        """Return why a transposed convolution of these strides is to stay what it is, None if it is not."""
+        if self.warm and any(s != 1 for s in np.atleast_1d(1 if strides is None else strides)):
+            return "its strides make phases, which once whitened would each need a bias of its own"
         return None
 
     @property

@@ -70,6 +70,17 @@ def check_input(x: jax.Array, *, min_ndim: int) -> None:
         raise TypeError(f"`x` must be floating point, got {x.dtype}; convert and scale it first.")
 
 
+def check_samples(x: jax.Array) -> None:
+    """Raise unless there is a number of samples from which to take statistics."""
+    if any(map(jax.export.is_symbolic_dim, x.shape)):
+        raise ValueError(
+            f"`x` has the symbolic shape {x.shape}, from which no statistics of a batch can be taken: export "
+            "the model in evaluation, `train=False` or `eval()`, or folded."
+        )
+    if not x.size:
+        raise ValueError(f"`x` has no samples to take statistics from: shape {x.shape}.")
+
+
 def check_kernel(kernel: Shape, channels: int, *, axis: int = -2) -> None:
     """Raise unless a kernel of that shape was made for `channels` channels in a feature group."""
     if kernel[axis] != channels:

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from netdeconv_jax.ops import grouping as grouping_ops
 from netdeconv_jax.ops import roots
 from netdeconv_jax.ops.inverse_sqrt import METHODS
@@ -19,6 +17,7 @@ from netdeconv_jax.whitening.strategies import (
     NewtonSchulz,
     Root,
     Stride,
+    check_number,
 )
 
 WHITEN = ("patches", "channels")
@@ -187,8 +186,7 @@ def _with_num_iters(root: Root, num_iters: int, named: bool) -> Root:
 
 def _check(settings: dict[str, Any]) -> None:
     for name in ("eps", "momentum"):
-        if not isinstance(settings[name], (int, float, np.number)):
-            raise TypeError(f"`{name}` must be a number, got {settings[name]!r}.")
+        check_number(name, settings[name])
     if not settings["eps"] > 0:
         raise ValueError(f"`eps` must be greater than 0, got {settings['eps']}.")
     if not 0 <= settings["momentum"] < 1:

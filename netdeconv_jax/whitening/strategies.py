@@ -2,12 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from netdeconv_jax.ops import grouping as grouping_ops
 from netdeconv_jax.ops import polynomial, roots
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless a setting is a number, not an array or a tracer."""
+    if not isinstance(value, (int, float, np.number)):
+        raise TypeError(
+            f"`{name}` must be a number, got {value!r}; a spec is static and holds no arrays."
+        )
 
 
 class Root(Protocol):
@@ -67,6 +76,7 @@ class Chebyshev:
 
     def __post_init__(self):
         roots.check_num_iters(self.num_iters)
+        check_number("tol", self.tol)
         polynomial.check_tol(self.tol)
         polynomial.chebyshev_coefficients(int(self.num_iters), float(self.tol))
 
@@ -123,6 +133,7 @@ class Eigh:
     ridge: float = 0.0
 
     def __post_init__(self):
+        check_number("ridge", self.ridge)
         roots.check_ridge(self.ridge)
 
     def __call__(self, cov: jax.Array) -> jax.Array:

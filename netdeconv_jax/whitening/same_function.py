@@ -1,24 +1,36 @@
 """Whether a converted model computes what the model did."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
+from netdeconv_jax.whitening.spec import WhiteningSpec
+
 # Of the largest output, by bits of the fraction. Far above rounding, also where a device multiplies float32
 # in fewer bits, and far below what a wrong fold does.
 _TOLERANCES = ((52, 1e-6), (23, 0.05), (0, 0.25))
 
 
+def check_no_local_norm(spec: WhiteningSpec | None) -> None:
+    """Raise if layers of `spec` cannot compute what plain ones do, whatever their kernels."""
+    if spec is not None and spec.local_norm is not None:
+        raise ValueError(
+            f"`spec` must have no `local_norm` for a warm start, got {spec.local_norm!r}: each sample would "
+            "be divided by its own deviation, which is another function than the one that was trained."
+        )
+
+
 def check_same(
-    model: Any, variables: Any, found: tuple[Any, Any], x: Any, flags: Mapping[str, Any], rngs: Any
+    run: Callable[[Any, Any], Any],
+    variables: Any,
+    again: Callable[[Any, Any], Any],
+    new_variables: Any,
+    x: Any,
 ) -> None:
     """Raise if the new model computes anything else: a batch norm may be none, whatever it looks like."""
-    converted, new_variables = found
-    run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, converted))
     precision = _precision(jax.make_jaxpr(run)(variables, x).jaxpr)
     tolerance = next(most for bits, most in _TOLERANCES if bits <= precision)
     old, new = jax.jit(run)(variables, x), jax.jit(again)(new_variables, x)
