@@ -36,6 +36,7 @@ def deconv_conv_transpose(
     geometry: ops.Transposed,
     spec: WhiteningSpec,
     use_running_average: bool = False,
+    update_whitener: bool = True,
     mask: jax.Array | None = None,
     moments: ops.Moments | None = None,
     reduction: Reduction = LOCAL,
@@ -53,8 +54,8 @@ def deconv_conv_transpose(
       running: statistics so far, of `transposed_shape(...)`.
       geometry: of the transposed convolution.
       spec: as the layer's. Statistics see one in `sampling_stride` windows of every phase along each axis.
-      use_running_average, mask, moments, reduction, dtype, precision, preferred_element_type,
-        conv_general_dilated: as `deconv_conv`.
+      use_running_average, update_whitener, mask, moments, reduction, dtype, precision,
+        preferred_element_type, conv_general_dilated: as `deconv_conv`.
     Returns:
       y [*batch, *out, features] in `dtype`, or as preferred, and the running statistics after this step.
 
@@ -98,7 +99,12 @@ def deconv_conv_transpose(
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_widened(m, width) for m in found))
 
     mean, whitener, running = statistics(
-        batch_moments, running, spec, use_running_average=use_running_average, moments=moments
+        batch_moments,
+        running,
+        spec,
+        use_running_average=use_running_average,
+        update_whitener=update_whitener,
+        moments=moments,
     )
     kernel, bias = fold_transposed(
         kernel,
