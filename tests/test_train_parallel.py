@@ -77,6 +77,17 @@ def test_eight_devices_train_as_one_does(alone, norm, parallel):
     assert_same(alone[norm], trained(norm, parallel=parallel))
 
 
+@pytest.mark.parametrize("statistics", ["global", "device"])
+def test_steps_that_reuse_whiteners_are_the_same_under_jit_and_pmap(alone, statistics):
+    changes = {"whitening.update_every": 3, "whitening.update_warmup_steps": 5}
+    one, other = (
+        trained(statistics=statistics, parallel=kind, **changes) for kind in ("jit", "pmap")
+    )
+    assert_same(one, other)
+    with pytest.raises(AssertionError):
+        assert_same(alone["deconv"], one, tolerance=1e-3)
+
+
 def test_statistics_of_each_device_are_the_same_under_jit_and_pmap_and_not_the_global_ones(alone):
     jit = trained(statistics="device")
     assert_same(jit, trained(statistics="device", parallel="pmap"))
