@@ -95,6 +95,7 @@ _WHITENING = {
     "grouping": str,
     "shared_whitener": bool,
     "method": str,
+    "one_pass": bool,
     "ridge": float,  # of method "eigh", relative to the norm
 }
 

@@ -123,6 +123,7 @@ def deconv_conv(
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
             dtype=running.mean.dtype,
+            shift=running.mean if spec.one_pass else None,
         ),
         running,
         spec,
@@ -216,6 +217,7 @@ def deconv_dense(
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
             dtype=running.mean.dtype,
+            shift=running.mean if spec.one_pass else None,
         )
 
     mean, whitener, running = statistics(

@@ -36,6 +36,9 @@ class WhiteningSpec:
       momentum: float in [0, 1), Flax's: `new = momentum * old + (1 - momentum) * batch`.
       whiten: `"patches"`, pixels and channels, or `"channels"`, one whitener for all kernel taps.
       freeze: `Freeze(active_steps, period)` or None.
+      one_pass: take mean and covariance in one product and one reduction over devices, about the running
+        mean; see `shift` of `ops.patch_moments`. That mean starts at 0, so that the first steps are inexact
+        where the input's is tens of deviations: not for such input. `ChannelDeconv` ignores it.
 
     The keywords `method`, `num_iters`, `sampling_stride`, `block_size`, `shared_whitener`, `freeze_schedule`
     and the names `"interleaved"` and `"contiguous"` are shorthand for the strategies, here and in `replace`.
@@ -61,6 +64,7 @@ class WhiteningSpec:
     momentum: float
     whiten: str
     freeze: Freeze | None
+    one_pass: bool
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class WhiteningSpec:
         momentum: float = 0.9,
         whiten: str = "patches",
         freeze: Freeze | tuple[int, int] | None = None,
+        one_pass: bool = False,
         block_size: int | None = None,
         shared_whitener: bool | None = None,
         sampling_stride: int | None = None,
@@ -89,6 +94,7 @@ class WhiteningSpec:
             "momentum": momentum,
             "whiten": whiten,
             "freeze": None,
+            "one_pass": one_pass,
         }
         for name, value in _resolve(defaults, given).items():
             object.__setattr__(self, name, value)
@@ -187,6 +193,8 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"`momentum` must be in [0, 1), the share of the old average, got {settings['momentum']}."
         )
+    if not isinstance(settings["one_pass"], bool):
+        raise TypeError(f"`one_pass` must be True or False, got {settings['one_pass']!r}.")
     if settings["whiten"] not in WHITEN:
         raise ValueError(f"`whiten` must be one of {WHITEN}, got {settings['whiten']!r}.")
     for name, kinds, what in (

@@ -75,7 +75,7 @@ def deconv_conv_transpose(
     phases = [geometry.phase(first, x.shape[1:-1], full) for first in geometry.first_taps]
     stat_dtype = running.mean.dtype
 
-    def moments_of(groups: ops.ColumnGroups, window: ops.Window) -> ops.Moments:
+    def moments_of(groups: ops.ColumnGroups, window: ops.Window, phase: tuple) -> ops.Moments:
         stride = sampling_stride(spec, x.shape, window, groups, devices=reduction.devices())
         return ops.patch_moments(
             x,
@@ -86,15 +86,18 @@ def deconv_conv_transpose(
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
             dtype=stat_dtype,
+            shift=running.mean[phase][..., : groups.width] if spec.one_pass else None,
         )
 
     def batch_moments() -> ops.Moments:
         if spec.whiten == "channels":
-            return moments_of(groups[0], ops.window((1,) * geometry.ndim))
+            return moments_of(groups[0], ops.window((1,) * geometry.ndim), ())
         width = running.mean.shape[-1]
         found = [
-            ops.Moments.none(g.mean_shape, stat_dtype) if window is None else moments_of(g, window)
-            for g, (_, window) in zip(groups, phases, strict=True)
+            ops.Moments.none(g.mean_shape, stat_dtype)
+            if window is None
+            else moments_of(g, window, (i,))
+            for i, (g, (_, window)) in enumerate(zip(groups, phases, strict=True))
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_widened(m, width) for m in found))
 
