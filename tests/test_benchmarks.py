@@ -38,10 +38,9 @@ def test_a_contender_may_reuse_its_whiteners_and_takes_no_covariance_then():
     images, labels = jnp.ones((4, 8, 8, 3)), jnp.zeros(4, int)
     flops = [
         contenders.Step(entry, "cnn", images, labels, width=0.25).resources()["flops"]
-        for entry in (reused, computed, contenders.parse("none")[0])
+        for entry in (reused, computed)
     ]
     assert flops[0] < 0.7 * flops[1]
-    assert flops[0] < 1.5 * flops[2]
 
 
 @pytest.mark.parametrize(
