@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,7 +80,7 @@ def test_eight_devices_train_as_one_does(alone, norm, parallel):
 
 @pytest.mark.parametrize("statistics", ["global", "device"])
 def test_steps_that_reuse_whiteners_are_the_same_under_jit_and_pmap(alone, statistics):
-    changes = {"whitening.update_every": 3, "whitening.update_warmup_steps": 5}
+    changes: Any = {"whitening.update_every": 3, "whitening.update_warmup_steps": 5}
     one, other = (
         trained(statistics=statistics, parallel=kind, **changes) for kind in ("jit", "pmap")
     )
