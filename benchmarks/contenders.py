@@ -1,9 +1,10 @@
 """What takes part in a benchmark: a network with a choice of norm and spec, and its compiled training step.
 
 A list of contenders is written `norm[:setting[,setting...]][,norm...]`. A setting is `fast`, for
-`WhiteningSpec.fast()`; `no_root`, for statistics and folding with a root that takes no product; or
-`key=value`, a keyword of `WhiteningSpec` or one of `tol`, `ridge`, `chebyshev_ridge` and
-`rows_per_dim`. So `batch,deconv,deconv:fast,block_size=32,deconv:method=chebyshev` names four.
+`WhiteningSpec.fast()`; `no_root`, for statistics and folding with a root that takes no product; `reused`, for
+a step with `update_whitener=False`; or `key=value`, a keyword of `WhiteningSpec` or one of `tol`, `ridge`,
+`chebyshev_ridge` and `rows_per_dim`. So `batch,deconv,deconv:fast,block_size=32,deconv:method=chebyshev`
+names four.
 """
 
 import ast
@@ -40,11 +41,12 @@ class NoRoot:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One entry of the list: its text, its norm, and how it whitens."""
+    """One entry of the list: its text, its norm, how it whitens, and whether it reuses whiteners."""
 
     text: str
     norm: str
     spec: WhiteningSpec
+    reused: bool = False
 
 
 def parse(text: str) -> list[Contender]:
@@ -68,6 +70,8 @@ def parse(text: str) -> list[Contender]:
 def _contender(norm: str, settings: list[str]) -> Contender:
     spec = WhiteningSpec()
     for setting in settings:
+        if setting == "reused":
+            continue
         key, equals, value = setting.partition("=")
         if setting == "fast":
             spec = WhiteningSpec.fast()
@@ -75,12 +79,13 @@ def _contender(norm: str, settings: list[str]) -> Contender:
             spec = spec.replace(root=NoRoot())
         elif not equals:
             raise ValueError(
-                f"`contenders` take settings `fast`, `no_root` or `key=value`, got {setting!r}."
+                f"`contenders` take settings `fast`, `no_root`, `reused` or `key=value`, got {setting!r}."
             )
         else:
             change = _STRATEGIES.get(key, lambda value, key=key: {key: value})
             spec = spec.replace(**change(_literal(value)))
-    return Contender(":".join([norm, ",".join(settings)]) if settings else norm, norm, spec)
+    text = ":".join([norm, ",".join(settings)]) if settings else norm
+    return Contender(text, norm, spec, reused="reused" in settings)
 
 
 def _literal(value: str) -> Any:
@@ -119,7 +124,12 @@ class Step:
             def loss_of(params: Any) -> Any:
                 variables = {"params": params, "batch_stats": stats}
                 logits, updates = self.model.apply(
-                    variables, images, train=True, mutable=["batch_stats"], rngs=_dropout()
+                    variables,
+                    images,
+                    train=True,
+                    update_whitener=not contender.reused,
+                    mutable=["batch_stats"],
+                    rngs=_dropout(),
                 )
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
                 return losses.mean(), updates.get("batch_stats", {})

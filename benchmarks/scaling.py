@@ -1,6 +1,7 @@
 """What devices exchange in a training step: collectives and their bytes, from the compiled programs.
 
-  python -m benchmarks.scaling [--networks=resnet18,resnet50] [--devices=2,4,8] [--width=0.25]
+  python -m benchmarks.scaling [--networks=resnet18,resnet50] [--devices=2,4,8] [--width=0.25] \
+      [--contenders=batch,deconv,deconv:one_pass=True,deconv:reused]
 
 Compiles a training step for fake CPU devices and reads the compiled program; nothing runs. `jit` is one
 program over a mesh with Auto axes, which the compiler splits; `shard_map` is a program for each device, in
@@ -27,6 +28,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import contenders
 from netdeconv_jax import models
 from train import metrics
 
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> None:
     """Compile, count, and write `RESULT`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling")
     parser.add_argument("--networks", default="resnet18,resnet50")
-    parser.add_argument("--norms", default="batch,deconv")
+    parser.add_argument("--contenders", type=contenders.parse, default="batch,deconv")
     parser.add_argument("--forms", default="jit,shard_map")
     parser.add_argument("--devices", default="2,4,8")
     parser.add_argument("--width", type=float, default=1.0)
@@ -51,22 +53,24 @@ def main(argv: list[str]) -> None:
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"programs": {}}
     found["environment"] = metrics.environment()
     for name in options.networks.split(","):
-        for norm in options.norms.split(","):
+        for entry in options.contenders:
             for form in options.forms.split(","):
                 for devices in counts:
-                    key = f"{name} width {options.width:g}, {norm}, {form}, {devices} devices"
-                    found["programs"][key] = program(name, norm, form, devices, options.width)
+                    key = f"{name} width {options.width:g}, {entry.text}, {form}, {devices} devices"
+                    found["programs"][key] = program(name, entry, form, devices, options.width)
                     say(f"{key}: {found['programs'][key]}")
                     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def program(name: str, norm: str, form: str, devices: int, width: float) -> dict[str, Any]:
+def program(
+    name: str, contender: contenders.Contender, form: str, devices: int, width: float
+) -> dict[str, Any]:
     """Return the collectives of a compiled training step by kind, and how long it took to compile."""
     mesh = jax.make_mesh(
         (devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
     axis = AXIS if form == "shard_map" else None
-    model = models.create(name, norm, width=width, axis_name=axis)
+    model = models.create(name, contender.norm, spec=contender.spec, width=width, axis_name=axis)
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     def step(state: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -74,7 +78,10 @@ def program(name: str, norm: str, form: str, devices: int, width: float) -> dict
 
         def loss_of(params: Any) -> Any:
             variables = {"params": params, "batch_stats": stats}
-            logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            update = not contender.reused
+            logits, updates = model.apply(
+                variables, images, train=True, update_whitener=update, mutable=["batch_stats"]
+            )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), updates["batch_stats"]
 

@@ -30,6 +30,19 @@ def test_settings_are_those_of_the_spec_and_of_its_strategies():
     assert found.spec == WhiteningSpec(root=Chebyshev(2e-3), sampling=Budget(8), whiten="channels")
 
 
+def test_a_contender_may_reuse_its_whiteners_and_takes_no_covariance_then():
+    reused, computed = contenders.parse("deconv:reused,block_size=8,deconv:block_size=8")
+    assert (reused.reused, computed.reused) == (True, False)
+    assert reused.spec == computed.spec
+    assert reused.text == "deconv:reused,block_size=8"
+    images, labels = jnp.ones((4, 8, 8, 3)), jnp.zeros(4, int)
+    flops = [
+        contenders.Step(entry, "cnn", images, labels, width=0.25).resources()["flops"]
+        for entry in (reused, computed)
+    ]
+    assert flops[0] < 0.7 * flops[1]
+
+
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [

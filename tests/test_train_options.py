@@ -1,8 +1,10 @@
 """What a config can switch on, each against what it says it does."""
 
 import dataclasses
+import itertools
 import json
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,64 @@ def test_the_average_of_the_weights_is_what_is_evaluated(plain):
     assert largest_difference(watch.states[-1].params, plain["deconv"][1].states[-1].params) == 0
     assert largest_difference(watch.states[-1].ema, average) < 1e-5
     assert largest_difference(watch.variables["params"], average) < 1e-5
+
+
+REUSING: Any = {"whitening.update_every": 3, "whitening.update_warmup_steps": 4}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_statistics_are_computed_in_the_first_steps_and_then_in_every_third(plain, accumulate):
+    trainer, watch, row = trained(accumulate=accumulate, **REUSING)
+    stats = [trainer.init(0).batch_stats, *(state.batch_stats for state in watch.states)]
+    moved = [largest_difference(*pair) > 0 for pair in itertools.pairwise(stats)]
+    assert [step for step, moves in enumerate(moved) if moves] == [0, 1, 2, 3, 6, 9, 12, 15]
+    weights = [state.params for state in watch.states]
+    assert all(largest_difference(*pair) > 0 for pair in itertools.pairwise(weights))
+    if accumulate == 1:  # step for step the same, until the first that reuses
+        for ours, theirs in zip(watch.states[:4], plain["deconv"][1].states, strict=False):
+            assert largest_difference(ours.params, theirs.params) == 0
+            assert largest_difference(ours.batch_stats, theirs.batch_stats) == 0
+    assert row["test_accuracy"] > 0.4  # after 18 steps: running statistics are behind in the first
+
+
+def test_with_nothing_to_reuse_there_is_one_program():
+    for norm, changes in {
+        "batch": REUSING,
+        "none": REUSING,
+        "deconv": {"whitening.update_every": 3, "whitening.update_warmup_steps": 18},
+    }.items():
+        config = configs.load(f"configs/digits.py:cnn,{norm}", SMALL | changes)
+        trainer = loop.Trainer(config, data.create(config), jax.devices()[:1])
+        trainer.compile()
+        assert trainer._reusing is None
+
+
+class Killed(States):
+    """Ends the run after some steps, and takes it up again from the state of that step."""
+
+    saved = None
+
+    def restore(self, like):
+        return self.saved
+
+    def stop_requested(self, step):
+        return signal.SIGKILL if self.saved is None and step == 8 else None
+
+    def save(self, step, state, meta, row):
+        super().save(step, state, meta, row)
+        if step == 8:
+            self.saved = (state, json.loads(json.dumps(meta)))
+
+
+def test_a_run_that_resumes_between_two_updates_ends_with_the_same_bits():
+    trainer, watch, _ = trained(**REUSING)
+    killed = Killed()
+    with pytest.raises(stopping.Stopped, match="after step 8"):
+        list(trainer.run(0, killed))
+    list(trainer.run(0, killed))
+    whole, resumed = (run.states[-1] for run in (watch, killed))
+    assert len(killed.states) == len(watch.states) == 18
+    assert jax.tree.map(np.ndarray.tobytes, whole) == jax.tree.map(np.ndarray.tobytes, resumed)
 
 
 def test_precise_statistics_are_used_by_the_evaluation_and_left_out_of_the_training(plain):

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,6 +74,17 @@ def assert_same(one, other, tolerance=1e-5):
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_eight_devices_train_as_one_does(alone, norm, parallel):
     assert_same(alone[norm], trained(norm, parallel=parallel))
+
+
+@pytest.mark.parametrize("statistics", ["global", "device"])
+def test_steps_that_reuse_whiteners_are_the_same_under_jit_and_pmap(alone, statistics):
+    changes: Any = {"whitening.update_every": 3, "whitening.update_warmup_steps": 5}
+    one, other = (
+        trained(statistics=statistics, parallel=kind, **changes) for kind in ("jit", "pmap")
+    )
+    assert_same(one, other)
+    with pytest.raises(AssertionError):
+        assert_same(alone["deconv"], one, tolerance=1e-3)
 
 
 def test_statistics_of_each_device_are_the_same_under_jit_and_pmap_and_not_the_global_ones(alone):

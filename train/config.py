@@ -54,6 +54,9 @@ def default() -> Config:
     for name, kind in _WHITENING.items():
         setattr(config.whitening, name, config_dict.placeholder(kind))
     config.whitening.through_root = True  # False: no gradient flows through the whitener
+    config.whitening.update_every = 1  # steps; those between reuse the running statistics
+    # Momentum 0.9 leaves 0.9**50 = 0.5% of the identity that the running whitener starts from.
+    config.whitening.update_warmup_steps = 50  # first steps, which all compute statistics
 
     config.augment = ml_collections.ConfigDict()
     config.augment.crop = 0  # pixels of black border that a random crop may reach into
@@ -93,6 +96,7 @@ _WHITENING = {
     "shared_whitener": bool,
     "local_norm": str,
     "method": str,
+    "one_pass": bool,
     "ridge": float,  # of methods "eigh" and "chebyshev", relative to the norm
 }
 
@@ -295,6 +299,8 @@ _MUST: dict[str, Rule] = {
     "model.layout": _one_of("full", "original"),
     "whitening.preset": _one_of("paper", "fast"),
     "whitening.through_root": _BOOL,
+    "whitening.update_every": _int_from(1),
+    "whitening.update_warmup_steps": _int_from(0),
     "augment.crop": _int_from(0),
     "augment.flip": _BOOL,
     "augment.image_size": _int_from(1),

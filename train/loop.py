@@ -3,6 +3,7 @@
 `Trainer` holds what is compiled and is the same for every seed. Its method `run` is the loop.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from netdeconv_jax import models
 from netdeconv_jax.interop import recalibrate
@@ -102,6 +104,10 @@ class Trainer:
         state = self._init(key)
         feed = placed.split(next(self.data.train_feeds(0, 0)))
         self._step = placed.compile(self._steps.train, state, self._arrays, feed=feed, donate=1)
+        self._reusing = None
+        if whitening.ever_reuses(self.config.whitening, self.total_steps) and _whitens(state):
+            train = functools.partial(self._steps.train, update_whitener=False)
+            self._reusing = placed.compile(train, state, self._arrays, feed=feed, donate=1)
         feed = placed.split(next(self.data.test_feeds()))
         variables = state.variables()
         self._evaluate = placed.compile(self._steps.evaluate, variables, self._arrays, feed=feed)
@@ -146,7 +152,7 @@ class Trainer:
                 start = time.perf_counter()
                 feed = next(feeds)
                 waited = time.perf_counter() - start
-                state, figures = self.step(state, feed)
+                state, figures = self.step(state, feed, step)
                 step += 1
                 pending.append((step, figures, waited))
                 if diagnosing and step % diagnosing == 0:
@@ -198,9 +204,15 @@ class Trainer:
         """Return the state before the first step."""
         return self._init(self._parallel.everywhere(_key(seed)))
 
-    def step(self, state: TrainState, feed: Any) -> tuple[TrainState, jax.Array]:
-        """Return the state after a step, which takes over the memory of the old one, and `FIGURES`."""
-        return self._step(state, self._arrays, feed)
+    def step(self, state: TrainState, feed: Any, number: int = 0) -> tuple[TrainState, jax.Array]:
+        """Return the state after a step, which takes over the memory of the old one, and `FIGURES`.
+
+        `number` is that of `state.step`, which would have to be waited for: by it the step computes
+        statistics for whitening, or reuses the running ones.
+        """
+        updates = whitening.updates(self.config.whitening, number)
+        program = self._step if updates or self._reusing is None else self._reusing
+        return program(state, self._arrays, feed)
 
     def variables(self, state: TrainState, seed: int) -> dict[str, Any]:
         """Return what is evaluated: average weights and precise statistics, if the config wants them."""
@@ -273,6 +285,10 @@ def create_model(config: Config, num_classes: int, axis_name: str | None) -> Any
         dtype=None if config.dtype == "float32" else config.dtype,
         axis_name=axis_name,
     )
+
+
+def _whitens(state: TrainState) -> bool:
+    return any(path[-1] == "whitener" for path in flatten_dict(state.batch_stats))
 
 
 def _key(seed: int) -> np.ndarray:

@@ -7,9 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from netdeconv_jax.interop import accumulate
+from netdeconv_jax.interop.batch_norm import laid_over
 from train.config import Config
 from train.data.input import Batch, Input
 
@@ -42,7 +44,8 @@ class Steps:
     """The functions of a run, to be compiled by `train.parallel`.
 
     Args:
-      model: called as `model.apply(variables, images, train=..., mutable=...)`.
+      model: called as `model.apply(variables, images, train=..., mutable=...)`, and with
+        `update_whitener=False` in steps that reuse whiteners.
       optimizer, rate: see `train.optimizer.create`.
       data: what makes a batch of a feed.
       config: `accumulate`, `ema`, `loss` and `label_smoothing` are used.
@@ -76,17 +79,24 @@ class Steps:
             ema=params if self.config.ema else None,
         )
 
-    def train(self, state: TrainState, arrays: Any, feed: Any) -> tuple[TrainState, jax.Array]:
+    def train(
+        self, state: TrainState, arrays: Any, feed: Any, *, update_whitener: bool = True
+    ) -> tuple[TrainState, jax.Array]:
         """Return the state after a step, and its figures: loss, accuracy, learning rate, is it finite.
 
-        The last tells of parameters and statistics. The loss does not tell of them: on a CPU the maximum of a
+        With `update_whitener=False`, which is static, layers that whiten reuse their running statistics. The
+        last tells of parameters and statistics. The loss does not tell of them: on a CPU the maximum of a
         NaN and 0, which a ReLU compiles to, is 0.
         """
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         data_key, noise_key = jax.random.split(key)
         batch = self.data.train_batch(arrays, feed, data_key, state.step)
-        grads, batch_stats, loss, accuracy = self._gradients(state, batch, noise_key)
-        grads, batch_stats, loss, accuracy = self._mean((grads, batch_stats, loss, accuracy))
+        grads, batch_stats, loss, accuracy = self._gradients(
+            state, batch, noise_key, update_whitener
+        )
+        new = batch_stats if update_whitener else _but_for_whitening(batch_stats)
+        grads, new, loss, accuracy = self._mean((grads, new, loss, accuracy))
+        batch_stats = laid_over(batch_stats, new)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -129,11 +139,16 @@ class Steps:
         sums = jnp.stack([jnp.where(counted, x, 0).sum() for x in (losses, correct, counted)])
         return sums if self.axis is None else lax.psum(sums, self.axis)
 
-    def _gradients(self, state: TrainState, batch: Batch, key: jax.Array) -> Any:
+    def _gradients(
+        self, state: TrainState, batch: Batch, key: jax.Array, update_whitener: bool
+    ) -> Any:
+        # Not every model need know the argument.
+        flags = {} if update_whitener else {"update_whitener": False}
+
         def loss_fn(variables, microbatch, mutable):
             batch, key = microbatch
             logits, updates = self.model.apply(
-                variables, batch.images, train=True, mutable=mutable, rngs={"dropout": key}
+                variables, batch.images, train=True, mutable=mutable, rngs={"dropout": key}, **flags
             )
             loss = (self._losses(logits, batch.labels) * batch.weights).mean()
             accuracy = ((logits.argmax(-1) == batch.labels) * batch.weights).mean()
@@ -170,6 +185,12 @@ def example_losses(kind: str, logits: jax.Array, labels: Any, smoothing: float) 
     if kind == "l2":
         return 0.5 * jnp.square(logits - targets).sum(-1)
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def _but_for_whitening(batch_stats: Any) -> Any:
+    """The statistics of other layers. What whitening reuses is equal on all devices, and large."""
+    flat = flatten_dict(batch_stats)
+    return unflatten_dict({k: v for k, v in flat.items() if (*k[:-1], "whitener") not in flat})
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""From the `whitening` part of a config to a `WhiteningSpec`."""
+"""From the `whitening` part of a config to a `WhiteningSpec`, and to the steps that compute statistics."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def create(config: Config) -> WhiteningSpec:
       ValueError: a setting that `WhiteningSpec` refuses, a `ridge` for another method than "eigh" and
         "chebyshev", or `through_root=False` for another than "newton_schulz".
     """
-    apart = ("preset", "ridge", "through_root")
+    apart = ("preset", "ridge", "through_root", "update_every", "update_warmup_steps")
     settings = {k: v for k, v in config.items() if k not in apart and v is not None}
     spec = WhiteningSpec.fast() if config.preset == "fast" else WhiteningSpec()
     spec = spec.replace(**settings)
@@ -47,3 +47,23 @@ def create(config: Config) -> WhiteningSpec:
             )
         spec = spec.replace(root=Detached(spec.root.num_iters))
     return spec
+
+
+def updates(config: Config, step: int) -> bool:
+    """Return whether a step, counted from 0, computes statistics; if not, it reuses the running ones.
+
+    A function of the step alone, so that a run that is resumed takes the same ones.
+
+    Example:
+      >>> from train import config, whitening
+      >>> settings = config.default().whitening
+      >>> settings.update_every, settings.update_warmup_steps = 3, 2
+      >>> [step for step in range(10) if whitening.updates(settings, step)]
+      [0, 1, 3, 6, 9]
+    """
+    return step < config.update_warmup_steps or step % config.update_every == 0
+
+
+def ever_reuses(config: Config, total_steps: int) -> bool:
+    """Return whether any of `total_steps` steps reuses running statistics."""
+    return not all(updates(config, step) for step in range(total_steps))

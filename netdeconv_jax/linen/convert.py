@@ -136,6 +136,7 @@ def deconvolve(
       `nn.DenseGeneral` stay.
     - Batch statistics are used, and `batch_stats` updated, where `batch_stats` (or `moments`) is mutable and
       the model is not initializing; running statistics otherwise, whatever the model's own `train` says.
+      So a training step in which neither is mutable reuses the whiteners, as `update_whitener=False` does.
     - Every batch norm becomes the identity, also of classes that are like `nn.BatchNorm` in settings and
       variables and hold no modules, unless `keep` names it or what it directly follows is a layer that stays.
       A kept one is as it was. Of an heir that does more, only what it inherits becomes the identity; a `mask`

@@ -15,7 +15,8 @@ In training, a collection `moments` stands between the batch and the running sta
 So k microbatches that are passed with `mutable=["moments"]`, each on top of the last, and one pass with their
 moments make one step of the running statistics, that of the whole batch. The output of the last pass has no
 use: under `jit` it costs nothing, only the roots are left. `interop.accumulate` does all that.
-Where a freeze schedule uses the running statistics no moments are taken: the count stays what it was.
+Where a freeze schedule or `update_whitener=False` uses the running statistics no moments are taken: the
+count stays what it was.
 
 Asked for with `mutable=["diagnostics"]`, a training pass also sows what whitening had to do:
 `effective_rank`, `under_ridge`, `whitener_norm`, `rows_per_dim` and `nonfinite`, see `whitening.diagnostics`.
@@ -44,6 +45,7 @@ from netdeconv_jax.whitening.layer import (
     layer_spec,
     running_average_wanted,
     statistics_dtype,
+    whitener_update_wanted,
 )
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running
 from netdeconv_jax.whitening.spec import WhiteningSpec
@@ -62,6 +64,7 @@ class _Whitened(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     use_running_average: bool | None = None
+    update_whitener: bool | None = None
     axis_name: Any = None
     axis_index_groups: Any = None
     eps: float | None = None
@@ -87,6 +90,10 @@ class _Whitened(nn.Module):
     @nn.nowrap
     def _merge_use_running_average(self, argument: bool | None) -> bool:
         return running_average_wanted(self.use_running_average, argument, overrides=False)
+
+    @nn.nowrap
+    def _merge_update_whitener(self, argument: bool | None) -> bool:
+        return whitener_update_wanted(self.update_whitener, argument, overrides=False)
 
     @property
     def _reduction(self) -> Reduction:
@@ -239,6 +246,11 @@ class DeconvConv(_Deconvolved):
         Of `promote_dtype` only the dtype that it chooses is used: the kernel is folded before it is cast.
       use_running_average: use running statistics (evaluation) or the batch's (training); here or in the
         call, not both.
+      update_whitener: False, here or in the call, makes a training step take no statistics and no root: the
+        input is whitened by the running mean and whitener, as constants to the gradient, and these stay as
+        they are. Static, so that a loop that sets it in some steps alternates between two compiled ones.
+        Running values are 0 and the identity before the first update, and near them for some tens after
+        it: compute statistics in the first steps. None is True.
       axis_name, axis_index_groups: pool statistics over the devices of a `pmap` or `shard_map` axis. Under
         `jit` with a sharded batch they are global by themselves.
       spec: a `WhiteningSpec`, default `WhiteningSpec()`. The following override it, None leaves it:
@@ -296,12 +308,13 @@ class DeconvConv(_Deconvolved):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten and convolve.
 
         Args:
           x: [*batch, *spatial, channels] with any number of batch axes, as in `nn.Conv`.
-          use_running_average: see the attribute.
+          use_running_average, update_whitener: see the attributes.
           mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1]; statistics ignore
             what weighs 0. As with `nn.BatchNorm`, what is not finite there still spoils gradients.
         Returns:
@@ -331,6 +344,7 @@ class DeconvConv(_Deconvolved):
             spec=spec,
             feature_group_count=self.feature_group_count,
             use_running_average=use_running_average,
+            update_whitener=self._merge_update_whitener(update_whitener),
             mask=mask,
             moments=moments,
             reduction=self._reduction,
@@ -358,8 +372,8 @@ class DeconvConvTranspose(_Deconvolved):
       features, kernel_size, strides, padding, kernel_dilation, use_bias, dtype, param_dtype, precision,
         kernel_init, bias_init, transpose_kernel, promote_dtype, preferred_element_type: as
         `nn.ConvTranspose`.
-      use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; statistics see
-        every `sampling_stride`-th window of each phase.
+      use_running_average, update_whitener, axis_name, axis_index_groups, spec and below: as `DeconvConv`;
+        statistics see every `sampling_stride`-th window of each phase.
 
     Source: ours.
 
@@ -399,12 +413,13 @@ class DeconvConvTranspose(_Deconvolved):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten and convolve.
 
         Args:
           x: [*batch, *spatial, channels] with any number of batch axes, as in `nn.ConvTranspose`.
-          use_running_average: see the attribute.
+          use_running_average, update_whitener: see the attributes.
           mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1].
         Returns:
           [*batch, *out, features].
@@ -438,6 +453,7 @@ class DeconvConvTranspose(_Deconvolved):
             geometry=geometry,
             spec=spec,
             use_running_average=use_running_average,
+            update_whitener=self._merge_update_whitener(update_whitener),
             mask=mask,
             moments=moments,
             reduction=self._reduction,
@@ -461,9 +477,9 @@ class DeconvDense(_Deconvolved):
     Attributes:
       features, use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
         dot_general: as `nn.Dense`.
-      use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; without `spec`
-        the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen. What
-        `local_norm` normalizes is each vector along the last axis.
+      use_running_average, update_whitener, axis_name, axis_index_groups, spec and below: as `DeconvConv`;
+        without `spec` the block size is 512. Sampling and grouping of a `spec` do not apply: all samples
+        are seen. What `local_norm` normalizes is each vector along the last axis.
 
     Source: Delinear of the original code.
 
@@ -494,12 +510,13 @@ class DeconvDense(_Deconvolved):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten and multiply.
 
         Args:
           x: [..., in_features].
-          use_running_average: see the attribute.
+          use_running_average, update_whitener: see the attributes.
           mask: weights >= 0 of the samples, broadcastable to [..., 1].
         Returns:
           [..., features].
@@ -522,6 +539,7 @@ class DeconvDense(_Deconvolved):
             running,
             spec=spec,
             use_running_average=use_running_average,
+            update_whitener=self._merge_update_whitener(update_whitener),
             mask=mask,
             moments=moments,
             reduction=self._reduction,
@@ -552,7 +570,7 @@ class ChannelDeconv(_Whitened):
       method: `"newton_schulz"`, `"chebyshev"` or `"eigh"`.
       dtype: of the result; default that of `x` and `param_dtype` promoted.
       param_dtype: statistics are kept in `promote_types(float32, param_dtype)`.
-      use_running_average, axis_name, axis_index_groups: as `DeconvConv`.
+      use_running_average, update_whitener, axis_name, axis_index_groups: as `DeconvConv`.
 
     Source: ChannelDeconv of the original code, with its covariance centred.
 
@@ -583,12 +601,13 @@ class ChannelDeconv(_Whitened):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten the channels of `x`.
 
         Args:
           x: [batch, *spatial, channels].
-          use_running_average: see the attribute.
+          use_running_average, update_whitener: see the attributes.
           mask: weights >= 0 of the samples, broadcastable to [batch, *spatial, 1].
         Returns:
           An array of the shape of `x`.
@@ -626,6 +645,7 @@ class ChannelDeconv(_Whitened):
             block=block,
             spec=self.resolved_spec(),
             use_running_average=use_running_average,
+            update_whitener=self._merge_update_whitener(update_whitener),
             mask=mask,
             moments=None if given is None else (given, rest_given),
             reduction=self._reduction,

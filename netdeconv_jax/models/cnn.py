@@ -21,9 +21,11 @@ class CNN(Network):
     minimum_size: ClassVar[int | None] = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         for i, (features, strides) in enumerate(zip(FEATURES, STRIDES, strict=True), 1):
             x = units.conv(self.scaled(features), 3, strides, name=f"conv{i}")(x)
             x = nn.relu(units.norm(name=f"bn{i}")(x))

@@ -78,9 +78,11 @@ class DenseNet(Network):
     minimum_size: ClassVar[int | None] = 8
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(2 * GROWTH), 3, name="conv1")(x)
         x = dense_stages(self, units, x, newest_first=True)
         return units.classifier(self.num_classes, block_size=512, name="linear")(x)
@@ -98,9 +100,11 @@ class ImageNetDenseNet(Network):
     )
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(2 * GROWTH), 7, 2, name="conv1", **IMAGENET_STEM)(x)
         x = nn.relu(units.norm(name="bn1")(x))
         x = MaxPool(3, 2, padding=1, name="pool")(x)

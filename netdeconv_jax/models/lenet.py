@@ -20,9 +20,11 @@ class LeNet(Network):
     minimum_size: ClassVar[int | None] = 4
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         for i, features in enumerate((6, 16), 1):
             x = units.conv(self.scaled(features), 5, name=f"conv{i}")(x)
             x = MaxPool(2, name=f"pool{i}")(nn.relu(units.norm(name=f"bn{i}")(x)))

@@ -18,9 +18,11 @@ class Linear(Network):
     minimum_size: ClassVar[int | None] = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, ...]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x, whitening = units.flattened(x)
         x = units.norm(name="bn")(x)
         return units.classifier(self.num_classes, name="linear", **whitening)(x)
@@ -35,9 +37,11 @@ class MLP(Network):
     minimum_size: ClassVar[int | None] = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, ...]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x, whitening = units.flattened(x)
         for i in (1, 2, 3):
             x = units.dense(self.scaled(128), name=f"fc{i}", **whitening)(x)

@@ -15,8 +15,9 @@ from netdeconv_jax.whitening import WhiteningSpec
 class Network(nn.Module):
     """Base of the zoo: images [batch, height, width, channels] to logits [batch, num_classes].
 
-    A network writes its layers with `units = self.units(x, train)`, names them as the original does, and
-    says which stride or pooling is its limit in `minimum_size`.
+    A network writes its layers with `units = self.units(x, train, update_whitener)`, names them as the
+    original does, and says which stride or pooling is its limit in `minimum_size`. In a training step called
+    with `update_whitener=False` its whitening layers reuse their running statistics, see `DeconvConv`.
 
     Attributes:
       num_classes: logits per image.
@@ -43,8 +44,8 @@ class Network(nn.Module):
       >>> from netdeconv_jax.models import Network
       >>> class Tiny(Network):
       ...     @nn.compact
-      ...     def __call__(self, x, train=False):
-      ...         units = self.units(x, train)
+      ...     def __call__(self, x, train=False, update_whitener=True):
+      ...         units = self.units(x, train, update_whitener)
       ...         x = nn.relu(units.norm()(units.conv(self.scaled(8), 3)(x)))
       ...         return units.classifier(self.num_classes)(x.mean((1, 2)))
       >>> x = jnp.ones((2, 8, 8, 3))
@@ -74,12 +75,13 @@ class Network(nn.Module):
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         super().__post_init__()
 
-    def units(self, x: jax.Array, train: bool) -> Units:
+    def units(self, x: jax.Array, train: bool, update_whitener: bool = True) -> Units:
         """Return the layers of this network, after a check of its input.
 
         Args:
           x: [batch, height, width, channels].
           train: whether statistics come from the batch.
+          update_whitener: static; False in a training step that reuses the running ones, as `DeconvConv`.
         Raises:
           ValueError: `x` has not four axes, or is smaller than `minimum_size`.
         """
@@ -90,6 +92,7 @@ class Network(nn.Module):
             spec=self.spec,
             layout=self.layout,
             train=train,
+            update_whitener=update_whitener,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             axis_name=self.axis_name,

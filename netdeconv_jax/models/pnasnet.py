@@ -102,9 +102,11 @@ class PNASNet(Network):
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         features = self.scaled(self.features)
         x = units.conv(features, 3, name="conv1", **STEM)(x)
         x = nn.relu(units.norm(name="bn1")(x))

@@ -44,9 +44,11 @@ class PreActResNet(Network):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 3, name="conv1", **STEM)(x)
         if self.layout == "original":
             units.norm(name="bn1")(x)  # declared there and never used; its parameters count

@@ -89,9 +89,11 @@ class ResNet(Network):
     block: type[BasicBlock] | type[Bottleneck]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = nn.relu(units.norm(name="bn1")(units.conv(self.scaled(64), 3, name="conv1")(x)))
         x = stages(self, units, x, keeps_norm=())
         return units.classifier(self.num_classes, block_size=512, name="linear")(global_average(x))
@@ -116,9 +118,11 @@ class ImageNetResNet(Network):
     )
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 7, 2, name="conv1", **IMAGENET_STEM)(x)
         x = nn.relu(units.norm(name="bn1")(x))
         x = MaxPool(3, 2, padding=1, name="maxpool")(x)

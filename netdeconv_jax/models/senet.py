@@ -58,9 +58,11 @@ class SENet(Network):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 3, name="conv1", **STEM)(x)
         x = nn.relu(units.norm(name="bn1")(x))
         for stage, (features, strides) in enumerate(STAGES, 1):

@@ -44,6 +44,8 @@ class Units:
       spec: how layers whiten where the network does not say otherwise.
       layout: `"full"`, or `"original"` to reproduce the original code's networks, quirks included.
       train: use batch statistics, not running ones.
+      update_whitener: False in a training step whose whitening layers reuse running statistics, see
+        `DeconvConv`. Batch norms take the batch's all the same.
       dtype, param_dtype: of computation and of parameters, as `nn.Conv`.
       axis_name: mapped axis over which statistics are pooled, as `nn.BatchNorm`.
       initializers: how parameters start.
@@ -69,6 +71,7 @@ class Units:
     spec: WhiteningSpec
     layout: str = "full"
     train: bool = False
+    update_whitener: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: Any = None
@@ -120,7 +123,7 @@ class Units:
                 "use_bias": self.kind != "batch" if use_bias is None else use_bias,
             } | self._shared(init.kernel, init.bias(fan_in), name)
             if self._whitens:
-                return DeconvConv(**arguments, **self._statistics, spec=self._spec(whitening))(x)
+                return DeconvConv(**arguments, **self._whitening(whitening))(x)
             return nn.Conv(**arguments)(x)
 
         return layer
@@ -148,8 +151,7 @@ class Units:
             init = self.initializers.deconv_dense if self._whitens else self.initializers.dense
             arguments = self._shared(init.kernel, init.bias(x.shape[-1]), name)
             if self._whitens:
-                spec = self._spec(whitening)
-                return DeconvDense(features, **arguments, **self._statistics, spec=spec)(x)
+                return DeconvDense(features, **arguments, **self._whitening(whitening))(x)
             return nn.Dense(features, **arguments)(x)
 
         return layer
@@ -195,6 +197,10 @@ class Units:
             "param_dtype": self.param_dtype,
             "name": name,
         }
+
+    def _whitening(self, whitening: dict[str, Any]) -> dict[str, Any]:
+        settings = {"update_whitener": self.update_whitener, "spec": self._spec(whitening)}
+        return self._statistics | settings
 
     def _spec(self, whitening: dict[str, Any]) -> WhiteningSpec:
         settings = dict(whitening)

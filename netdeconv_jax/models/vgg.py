@@ -54,9 +54,11 @@ class VGG(Network):
     minimum_size: ClassVar[int | None] = 32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train)
+        units = self.units(x, train, update_whitener)
         x = global_average(convolutions(self, units, x))
         return units.classifier(self.num_classes, block_size=512, name="classifier")(x)
 
@@ -82,9 +84,11 @@ class ImageNetVGG(Network):
     )
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, update_whitener: bool = True
+    ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
-        units = self.units(x, train).in_original(batch="none")
+        units = self.units(x, train, update_whitener).in_original(batch="none")
         x = channels_first(adaptive_average(convolutions(self, units, x), 7))
         for name in ("fc1", "fc2"):
             x = nn.relu(units.dense(self.scaled(4096), name=name)(x))

@@ -33,6 +33,7 @@ from netdeconv_jax.whitening.layer import (
     layer_spec,
     running_average_wanted,
     statistics_dtype,
+    whitener_update_wanted,
 )
 from netdeconv_jax.whitening.running import Reduction, Running
 from netdeconv_jax.whitening.spec import WhiteningSpec
@@ -96,22 +97,31 @@ class _Whitened(nnx.Module):
             axis_index_groups = tuple(map(tuple, axis_index_groups))
         self.spec = spec
         self.use_running_average = use_running_average
+        self.update_whitener = True
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
 
-    def set_view(self, use_running_average: bool | None = None):
+    def set_view(
+        self, use_running_average: bool | None = None, update_whitener: bool | None = None
+    ):
         """Set attributes, for `nnx.view`.
 
         Args:
           use_running_average: use running statistics, not the batch's.
+          update_whitener: compute statistics in training, or reuse the running ones.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if update_whitener is not None:
+            self.update_whitener = update_whitener
 
     def _wanted(self, argument: bool | None) -> bool:
         return running_average_wanted(self.use_running_average, argument, overrides=True)
+
+    def _updates(self, argument: bool | None) -> bool:
+        return whitener_update_wanted(self.update_whitener, argument, overrides=True)
 
     def _collected(self, running: Running, evaluating: bool) -> Running:
         """Return `running`, ready to collect the batch's moments where somebody asks for diagnostics."""
@@ -202,6 +212,9 @@ class DeconvConv(_Deconvolved):
       spec, block_size, eps, epsilon, num_iters, momentum, sampling_stride, whiten, grouping,
         shared_whitener, method, freeze_schedule, local_norm: as `netdeconv_jax.DeconvConv`. The attribute
         `spec` holds what they come to.
+
+    The attribute `update_whitener`, True, is `netdeconv_jax.DeconvConv`'s: `nnx.view(model,
+    update_whitener=False)` is the same model in the steps that reuse its running statistics.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
 
@@ -319,12 +332,13 @@ class DeconvConv(_Deconvolved):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten and convolve; in training, update the running statistics.
 
         Args:
           x: [*batch, *spatial, in_features] with any number of batch axes, as in `nnx.Conv`.
-          use_running_average: overrides the attribute.
+          use_running_average, update_whitener: override the attributes.
           mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1]; statistics ignore
             what weighs 0.
         Returns:
@@ -349,6 +363,7 @@ class DeconvConv(_Deconvolved):
             spec=self.spec,
             feature_group_count=self.feature_group_count,
             use_running_average=use_running_average,
+            update_whitener=self._updates(update_whitener),
             mask=mask,
             reduction=self._reduction,
             dtype=promoted.dtype,
@@ -483,12 +498,13 @@ class DeconvConvTranspose(_Deconvolved):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten and convolve; in training, update the running statistics.
 
         Args:
           x: [*batch, *spatial, in_features] with any number of batch axes, as in `nnx.ConvTranspose`.
-          use_running_average: overrides the attribute.
+          use_running_average, update_whitener: override the attributes.
           mask: weights >= 0 of the samples, broadcastable to [*batch, *spatial, 1].
         Returns:
           [*batch, *out, out_features].
@@ -509,6 +525,7 @@ class DeconvConvTranspose(_Deconvolved):
             geometry=self.geometry,
             spec=self.spec,
             use_running_average=use_running_average,
+            update_whitener=self._updates(update_whitener),
             mask=mask,
             reduction=self._reduction,
             dtype=promoted.dtype,
@@ -632,12 +649,13 @@ class DeconvDense(_Deconvolved):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten and multiply; in training, update the running statistics.
 
         Args:
           x: [..., in_features].
-          use_running_average: overrides the attribute.
+          use_running_average, update_whitener: override the attributes.
           mask: weights >= 0 of the samples, broadcastable to [..., 1].
         Returns:
           [..., out_features].
@@ -656,6 +674,7 @@ class DeconvDense(_Deconvolved):
             running,
             spec=self.spec,
             use_running_average=use_running_average,
+            update_whitener=self._updates(update_whitener),
             mask=mask,
             reduction=self._reduction,
             dtype=promoted.dtype,
@@ -749,12 +768,13 @@ class ChannelDeconv(_Whitened):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_whitener: bool | None = None,
     ) -> jax.Array:
         """Whiten the channels of `x`; in training, update the running statistics.
 
         Args:
           x: [batch, *spatial, num_features].
-          use_running_average: overrides the attribute.
+          use_running_average, update_whitener: override the attributes.
           mask: weights >= 0 of the samples, broadcastable to [batch, *spatial, 1].
         Returns:
           An array of the shape of `x`.
@@ -780,6 +800,7 @@ class ChannelDeconv(_Whitened):
             block=self.effective_block,
             spec=self.spec,
             use_running_average=use_running_average,
+            update_whitener=self._updates(update_whitener),
             mask=mask,
             reduction=self._reduction,
             dtype=self.dtype or jnp.promote_types(x.dtype, self.param_dtype),

@@ -16,6 +16,7 @@ from netdeconv_jax.ops.grouping import ColumnGroups, check_count
 from netdeconv_jax.ops.moments import AxisName, Moments, moments
 from netdeconv_jax.ops.patches import Window, tap_slices
 from netdeconv_jax.ops.sampling import every_nth
+from netdeconv_jax.ops.shifted import moments_of_sums, shifted_sums
 
 
 def patch_moments(
@@ -28,6 +29,7 @@ def patch_moments(
     axis_name: AxisName | None = None,
     axis_index_groups: Any = None,
     dtype: Any = None,
+    shift: jax.Array | None = None,
 ) -> Moments:
     """Return the moments of the grouped columns of im2col(x), thinned and pooled over devices.
 
@@ -45,6 +47,10 @@ def patch_moments(
       axis_name, axis_index_groups: pool over the devices of a mapped axis, as `lax.psum`. The result is
         then exactly that of the whole batch on one device.
       dtype: of the statistics; default `promote_types(float32, x.dtype)`.
+      shift: [*stat_shape, width], a constant near the mean, such as a running mean. With it count, mean and
+        covariance come of one product and one reduction over devices, not of two each: the same function,
+        rounded differently. Where `shift` misses the mean by m deviations the covariance loses m^2 of its
+        relative accuracy, in float32 1e-7; 1e-6 at m = 1, 2e-4 at m = 10.
     Returns:
       `Moments` with leading axes `groups.stat_shape`.
     Raises:
@@ -71,9 +77,16 @@ def patch_moments(
         axis_index_groups = tuple(map(tuple, axis_index_groups))
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     axis = (axis_name, axis_index_groups)
-    result = _own_moments(x, mask, geometry, groups, sampling_stride, axis, jnp.dtype(dtype))
-    if axis_name is not None:
-        result = result.psum(axis_name, axis_index_groups)
+    if shift is None:
+        result = _own_moments(x, mask, geometry, groups, sampling_stride, axis, jnp.dtype(dtype))
+        if axis_name is not None:
+            result = result.psum(axis_name, axis_index_groups)
+    else:
+        shift = jnp.asarray(shift, dtype)
+        sums = _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, jnp.dtype(dtype))
+        if axis_name is not None:
+            sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
+        result = moments_of_sums(sums, shift.reshape(*sums.shape[:-2], groups.width))
     shape = groups.stat_shape
     count = result.count.reshape(shape) if result.count.ndim else result.count
     return Moments(
@@ -87,6 +100,20 @@ def patch_moments(
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
 def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype):
     """The moments of this device's samples."""
+    rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
+    return moments(rows, weights, axes=axes, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)
+def _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, dtype):
+    """The sums of this device's samples, about `shift`."""
+    rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
+    lead = [n for i, n in enumerate(rows.shape[:-1]) if i not in axes]
+    return shifted_sums(rows, weights, shift.reshape(*lead, groups.width), axes)
+
+
+def _rows(x, mask, geometry, groups, sampling_stride, axis):
+    """This device's samples, their weights or None, and the axes that hold them."""
     if _pointwise(groups, x.shape[-1]):
         step = math.prod(s * sampling_stride for s in geometry.strides)
         columns, weights = _sampled_pixels(x, mask, step, *axis)
@@ -96,7 +123,7 @@ def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype):
     axes = (*range(columns.ndim - 1), rows.ndim - 2)
     if weights is not None:
         weights = weights[..., None, None, None]
-    return moments(rows, weights, axes=axes, dtype=dtype)
+    return rows, weights, axes
 
 
 def sampled_rows(

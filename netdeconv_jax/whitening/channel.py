@@ -63,6 +63,7 @@ def channel_deconv(
     block: int,
     spec: WhiteningSpec,
     use_running_average: bool = False,
+    update_whitener: bool = True,
     mask: jax.Array | None = None,
     moments: ChannelMoments | None = None,
     reduction: Reduction = LOCAL,
@@ -79,7 +80,8 @@ def channel_deconv(
       running: statistics so far.
       block: channels per group, 1 <= block <= channels.
       spec: root, sampling, eps and momentum are used; grouping is as above.
-      use_running_average, reduction, dtype: as `deconv_conv`.
+      use_running_average, update_whitener, reduction, dtype: as `deconv_conv`. The count of steps is that
+        of batches in the averages, and stays where these do.
       moments: of the whitened channels and of the rest, in place of the batch's.
       mask: weights >= 0, broadcastable to [batch, *spatial, 1].
     Returns:
@@ -93,15 +95,16 @@ def channel_deconv(
     grouped = x[..., :whole].reshape(*x.shape[:-1], block, whole // block)
     rest = x[..., whole:]
     if use_running_average:
-        mean, whitener = running.whitened.mean, running.whitened.whitener
-        rest_mean, rest_var = running.rest_mean, running.rest_var
+        now = running
+    elif not update_whitener:
+        now = lax.stop_gradient(running)
     else:
         check_samples(x)
         if moments is None:
             moments = _moments(x, grouped, rest, mask, spec, reduction, running.whitened.mean.dtype)
         now, running = _step(running, moments, spec)
-        mean, whitener = now.whitened.mean, now.whitened.whitener
-        rest_mean, rest_var = now.rest_mean, now.rest_var
+    mean, whitener = now.whitened.mean, now.whitened.whitener
+    rest_mean, rest_var = now.rest_mean, now.rest_var
 
     y = grouped.astype(mean.dtype) - mean.reshape((1,) * (x.ndim - 1) + (block, 1))
     y = jnp.einsum(

@@ -67,6 +67,7 @@ def deconv_conv(
     spec: WhiteningSpec,
     feature_group_count: int = 1,
     use_running_average: bool = False,
+    update_whitener: bool = True,
     mask: jax.Array | None = None,
     moments: ops.Moments | None = None,
     reduction: Reduction = LOCAL,
@@ -83,7 +84,7 @@ def deconv_conv(
       bias: [features] or None. The whitened mean is subtracted in either case.
       running: statistics so far, of `conv_groups(...).stat_shape`; its dtype is that of the statistics.
       geometry: of the convolution.
-      spec, feature_group_count, use_running_average: as the layer's.
+      spec, feature_group_count, use_running_average, update_whitener: as the layer's.
       mask: weights >= 0, broadcastable to [*batch, *spatial, 1]; see `ops.patch_moments`.
       moments: stand in for those of the batch; those of several microbatches, merged.
       reduction: where statistics are pooled over a mapped axis.
@@ -125,10 +126,12 @@ def deconv_conv(
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
             dtype=running.mean.dtype,
+            shift=running.mean if spec.one_pass else None,
         ),
         running,
         spec,
         use_running_average=use_running_average,
+        update_whitener=update_whitener,
         moments=moments,
     )
     kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
@@ -177,6 +180,7 @@ def deconv_dense(
     *,
     spec: WhiteningSpec,
     use_running_average: bool = False,
+    update_whitener: bool = True,
     mask: jax.Array | None = None,
     moments: ops.Moments | None = None,
     reduction: Reduction = LOCAL,
@@ -192,8 +196,8 @@ def deconv_dense(
       kernel: [in_features, features].
       bias: [features] or None. The whitened mean is subtracted in either case.
       running: statistics so far, of `dense_groups(...).stat_shape`.
-      spec, use_running_average, moments, reduction, dtype, precision, preferred_element_type: as
-        `deconv_conv`.
+      spec, use_running_average, update_whitener, moments, reduction, dtype, precision,
+        preferred_element_type: as `deconv_conv`.
       dot_general: in place of `lax.dot_general`.
       mask: weights >= 0, broadcastable to [..., 1].
     Returns:
@@ -219,10 +223,16 @@ def deconv_dense(
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
             dtype=running.mean.dtype,
+            shift=running.mean if spec.one_pass else None,
         )
 
     mean, whitener, running = statistics(
-        batch_moments, running, spec, use_running_average=use_running_average, moments=moments
+        batch_moments,
+        running,
+        spec,
+        use_running_average=use_running_average,
+        update_whitener=update_whitener,
+        moments=moments,
     )
     kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
     y = plain_dense(

@@ -53,6 +53,25 @@ def running_average_wanted(
     return bool(constructor if argument is None else argument)
 
 
+def whitener_update_wanted(
+    constructor: bool | None, argument: bool | None, *, overrides: bool
+) -> bool:
+    """Return the `update_whitener` of a call: True where neither says otherwise.
+
+    Args:
+      constructor, argument, overrides: as `running_average_wanted`.
+    Raises:
+      ValueError: both are given where that is one too many.
+    """
+    if not (overrides or constructor is None or argument is None):
+        raise ValueError(
+            "`update_whitener` must be given to the constructor or in the call, not to both; got "
+            f"{constructor} there and {argument} here."
+        )
+    given = constructor if argument is None else argument
+    return given is None or bool(given)
+
+
 def statistics_dtype(param_dtype: Any) -> Any:
     """Return the dtype in which statistics are computed and stored."""
     return jnp.promote_types(jnp.float32, param_dtype)

@@ -67,6 +67,7 @@ def statistics(
     spec: WhiteningSpec,
     *,
     use_running_average: bool,
+    update_whitener: bool = True,
     moments: Moments | None = None,
 ) -> tuple[jax.Array, jax.Array, Running]:
     """Return the mean and whitener to use now, and the running statistics after this step.
@@ -76,14 +77,18 @@ def statistics(
       running: before this step; `running.step` must be there if `spec.freeze` is set.
       spec: root, eps, momentum and freeze schedule.
       use_running_average: use `running`, and leave it as it is.
+      update_whitener: static; False in a training step that uses `running` as a constant, and leaves it as it
+        is but for the count of steps.
       moments: stand in for those of the batch, which are then not taken.
 
-    While the freeze schedule uses running statistics no moments are taken, and none are added.
+    Where a training step uses running statistics no moments are taken, and none are added.
     """
     if use_running_average:
         return running.mean, running.whitener, running
     take = batch_moments if moments is None else lambda: moments
-    if spec.freeze is None:
+    if not update_whitener:
+        mean, whitener, averaged = _frozen(running)
+    elif spec.freeze is None:
         mean, whitener, averaged = _fresh(take, running, spec)
     else:
         assert running.step is not None

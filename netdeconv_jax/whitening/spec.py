@@ -40,6 +40,9 @@ class WhiteningSpec:
       local_norm: None, or `"layer"`: before statistics are taken, each sample is centred and divided by its
         own deviation, over its pixels and channels (in a dense layer over the last axis), see
         `ops.local_norm`.
+      one_pass: take mean and covariance in one product and one reduction over devices, about the running
+        mean; see `shift` of `ops.patch_moments`. That mean starts at 0, so that the first steps are inexact
+        where the input's is tens of deviations: not for such input. `ChannelDeconv` ignores it.
 
     The keywords `method`, `num_iters`, `sampling_stride`, `block_size`, `shared_whitener`, `freeze_schedule`
     and the names `"interleaved"` and `"contiguous"` are shorthand for the strategies, here and in `replace`.
@@ -66,6 +69,7 @@ class WhiteningSpec:
     whiten: str
     freeze: Freeze | None
     local_norm: str | None
+    one_pass: bool
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class WhiteningSpec:
         whiten: str = "patches",
         freeze: Freeze | tuple[int, int] | None = None,
         local_norm: str | None = None,
+        one_pass: bool = False,
         block_size: int | None = None,
         shared_whitener: bool | None = None,
         sampling_stride: int | None = None,
@@ -96,6 +101,7 @@ class WhiteningSpec:
             "whiten": whiten,
             "freeze": None,
             "local_norm": None,
+            "one_pass": one_pass,
         }
         for name, value in _resolve(defaults, given).items():
             object.__setattr__(self, name, value)
@@ -193,6 +199,8 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"`momentum` must be in [0, 1), the share of the old average, got {settings['momentum']}."
         )
+    if not isinstance(settings["one_pass"], bool):
+        raise TypeError(f"`one_pass` must be True or False, got {settings['one_pass']!r}.")
     if settings["whiten"] not in WHITEN:
         raise ValueError(f"`whiten` must be one of {WHITEN}, got {settings['whiten']!r}.")
     if settings["local_norm"] not in LOCAL_NORMS:

@@ -38,6 +38,7 @@ def deconv_conv_transpose(
     geometry: ops.Transposed,
     spec: WhiteningSpec,
     use_running_average: bool = False,
+    update_whitener: bool = True,
     mask: jax.Array | None = None,
     moments: ops.Moments | None = None,
     reduction: Reduction = LOCAL,
@@ -55,8 +56,8 @@ def deconv_conv_transpose(
       running: statistics so far, of `transposed_shape(...)`.
       geometry: of the transposed convolution.
       spec: as the layer's. Statistics see one in `sampling_stride` windows of every phase along each axis.
-      use_running_average, mask, moments, reduction, dtype, precision, preferred_element_type,
-        conv_general_dilated: as `deconv_conv`.
+      use_running_average, update_whitener, mask, moments, reduction, dtype, precision,
+        preferred_element_type, conv_general_dilated: as `deconv_conv`.
     Returns:
       y [*batch, *out, features] in `dtype`, or as preferred, and the running statistics after this step.
 
@@ -78,7 +79,7 @@ def deconv_conv_transpose(
     phases = [geometry.phase(first, x.shape[1:-1], full) for first in geometry.first_taps]
     stat_dtype = running.mean.dtype
 
-    def moments_of(groups: ops.ColumnGroups, window: ops.Window) -> ops.Moments:
+    def moments_of(groups: ops.ColumnGroups, window: ops.Window, phase: tuple) -> ops.Moments:
         stride = sampling_stride(spec, x.shape, window, groups, devices=reduction.devices())
         return ops.patch_moments(
             x,
@@ -89,20 +90,28 @@ def deconv_conv_transpose(
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
             dtype=stat_dtype,
+            shift=running.mean[phase][..., : groups.width] if spec.one_pass else None,
         )
 
     def batch_moments() -> ops.Moments:
         if spec.whiten == "channels":
-            return moments_of(groups[0], ops.window((1,) * geometry.ndim))
+            return moments_of(groups[0], ops.window((1,) * geometry.ndim), ())
         width = running.mean.shape[-1]
         found = [
-            ops.Moments.none(g.mean_shape, stat_dtype) if window is None else moments_of(g, window)
-            for g, (_, window) in zip(groups, phases, strict=True)
+            ops.Moments.none(g.mean_shape, stat_dtype)
+            if window is None
+            else moments_of(g, window, (i,))
+            for i, (g, (_, window)) in enumerate(zip(groups, phases, strict=True))
         ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_widened(m, width) for m in found))
 
     mean, whitener, running = statistics(
-        batch_moments, running, spec, use_running_average=use_running_average, moments=moments
+        batch_moments,
+        running,
+        spec,
+        use_running_average=use_running_average,
+        update_whitener=update_whitener,
+        moments=moments,
     )
     kernel, bias = fold_transposed(
         kernel, bias, mean, whitener, geometry=geometry, spec=spec, dtype=dtype
