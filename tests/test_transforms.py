@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from traced import primitives
 
 from netdeconv_jax import DeconvConv, DeconvDense, WhiteningSpec
 from netdeconv_jax import nnx as dnnx
@@ -221,3 +222,29 @@ def test_nnx_remat_changes_neither_gradients_nor_statistics(kind):
     close(ours, theirs)
     close(arrays(checkpointed), arrays(plain))
     assert float(jnp.abs(plain.mean[...]).max()) > 0
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "chebyshev"])
+def test_remat_that_keeps_whiteners_computes_no_product_of_the_root_again(method):
+    x = normal(*rows(DeconvConv), WIDTH)
+    policies = jax.checkpoint_policies
+
+    def products(wrap=lambda kind: kind) -> int:
+        layer = wrap(DeconvConv)(WIDTH, (3, 2), use_running_average=False, method=method)
+        variables = layer.init(jax.random.key(0), x)
+
+        def loss(params, x):
+            return layer.apply({**variables, "params": params}, x, mutable=STATS)[0].sum()
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        return primitives(gradient, variables["params"], x)["dot_general"]
+
+    def remat(policy):
+        return lambda kind: nn.remat(kind, policy=policy)
+
+    kept = products(remat(policies.save_only_these_names("whitener")))
+    folding = 2
+    assert kept == products() + folding
+    last = 1  # product of the root, which no gradient needs
+    again = DeconvConv(WIDTH, 3, method=method).resolved_spec().root.products - last
+    assert products(remat(policies.nothing_saveable)) >= products() + folding + again

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -120,8 +121,12 @@ def identity_like(a: jax.Array) -> jax.Array:
 
 
 def highest_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply at HIGHEST precision: long iterations break under TF32 and bfloat16."""
-    return jnp.matmul(a, b, precision=_HIGHEST)
+    """Multiply at HIGHEST precision: long iterations break under TF32 and bfloat16.
+
+    The product is named `"whitener"`, for policies of `jax.checkpoint`: small, and dear to compute again. The
+    gradient needs every one of them, not only the last.
+    """
+    return checkpoint_name(jnp.matmul(a, b, precision=_HIGHEST), "whitener")
 
 
 def frobenius_norm(a: jax.Array) -> jax.Array:
