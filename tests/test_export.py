@@ -20,7 +20,7 @@ from netdeconv_jax import DeconvConv, DeconvConvTranspose, models
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import export_onnx, export_stablehlo, fold, load_model, save_weights
 from netdeconv_jax.interop.export import main
-from netdeconv_jax.whitening import Eigh, NewtonSchulz
+from netdeconv_jax.whitening import ChebyshevRidge, Eigh, NewtonSchulz
 from train import config as configs
 from train.loop import create_model
 
@@ -229,6 +229,8 @@ def test_a_platform_that_no_program_is_for_is_refused(lenet, platforms):
     ("settings", "root"),
     [
         ({"ridge": 0.01, "method": "eigh", "through_root": True}, Eigh(0.01)),
+        ({"ridge": 0.01, "method": "chebyshev"}, ChebyshevRidge(0.01)),
+        ({"ridge": 0.01, "preset": "fast", "update_every": 4}, ChebyshevRidge(0.01)),
         ({"ridge": None, "num_iters": 3, "through_root": False}, NewtonSchulz(3)),
     ],
 )

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 
 from netdeconv_jax import WhiteningSpec
-from netdeconv_jax.whitening import Chebyshev, ChebyshevRidge, Eigh, NewtonSchulz
+from netdeconv_jax.interop.trained import configured_spec
+from netdeconv_jax.whitening import NewtonSchulz
 from train.config import Config
 
 
@@ -28,17 +29,7 @@ def create(config: Config) -> WhiteningSpec:
       ValueError: a setting that `WhiteningSpec` refuses, a `ridge` for another method than "eigh" and
         "chebyshev", or `through_root=False` for another than "newton_schulz".
     """
-    apart = ("preset", "ridge", "through_root", "update_every", "update_warmup_steps")
-    settings = {k: v for k, v in config.items() if k not in apart and v is not None}
-    spec = WhiteningSpec.fast() if config.preset == "fast" else WhiteningSpec()
-    spec = spec.replace(**settings)
-    if config.ridge is not None:
-        kinds = {Eigh: Eigh, Chebyshev: ChebyshevRidge}
-        if type(spec.root) not in kinds:
-            raise ValueError(
-                f"`whitening.ridge` goes with method 'eigh' or 'chebyshev', got {config.method!r}."
-            )
-        spec = spec.replace(root=kinds[type(spec.root)](config.ridge))
+    spec = configured_spec(dict(config.items()))
     if not config.through_root:
         if not isinstance(spec.root, NewtonSchulz):
             raise ValueError(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from netdeconv_jax import models
 from netdeconv_jax.interop.dry_run import kernel_shapes
 from netdeconv_jax.interop.weights import load_weights
-from netdeconv_jax.whitening import Eigh, WhiteningSpec
+from netdeconv_jax.whitening import Chebyshev, ChebyshevRidge, Eigh, WhiteningSpec
 
 _NEEDED = ("network", "norm", "num_classes")
+_OF_TRAINING = ("through_root", "update_every", "update_warmup_steps")
 
 
 def load_model(
@@ -22,7 +23,9 @@ def load_model(
 
     The metadata say which network it is: `network`, `norm` and `num_classes`; where they hold the trainer's
     `config`, its width, layout, dtype and whitening are those of the network too. So a file of your own is
-    `save_weights(path, variables, {"network": "resnet18", "norm": "deconv", "num_classes": "10"})`.
+    `save_weights(path, variables, {"network": "resnet18", "norm": "deconv", "num_classes": "10"})`, with
+    `"config": '{"whitening.local_norm": "layer"}'` besides where the spec is not the default one: the weights
+    do not tell it.
 
     Args:
       path: of the file.
@@ -87,24 +90,40 @@ def load_model(
 def _network(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> models.Network:
     """The network that the trainer makes of this config."""
     prefix = "whitening."
-    settings = {
-        name.removeprefix(prefix): value
-        for name, value in config.items()
-        if name.startswith(prefix) and value is not None
-    }
-    spec = WhiteningSpec.fast() if settings.pop("preset", None) == "fast" else WhiteningSpec()
-    settings.pop("through_root", None)  # of gradients alone
-    if (ridge := settings.pop("ridge", None)) is not None:
-        settings["root"] = Eigh(ridge)
-        settings.pop("method", None)
-        settings.pop("num_iters", None)
+    settings = {n.removeprefix(prefix): v for n, v in config.items() if n.startswith(prefix)}
     dtype = config.get("dtype", "float32")
     return models.create(
         metadata["network"],
         metadata["norm"],
         int(metadata["num_classes"]),
-        spec.replace(**settings),
+        configured_spec(settings),
         config.get("model.layout", "full"),
         width=config.get("model.width", 1.0),
         dtype=None if dtype == "float32" else jnp.dtype(dtype).name,
     )
+
+
+def configured_spec(settings: Mapping[str, Any]) -> WhiteningSpec:
+    """Return the spec that the trainer's settings `whitening.*` describe; None leaves a default.
+
+    Args:
+      settings: keywords of `WhiteningSpec`, `preset` and `ridge`, without the prefix. What says how to train,
+        not what a network computes, is ignored.
+    Raises:
+      ValueError: a setting that `WhiteningSpec` refuses, or a `ridge` for another method than "eigh" and
+        "chebyshev".
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in _OF_TRAINING:
+        given.pop(name, None)
+    spec = WhiteningSpec.fast() if given.pop("preset", None) == "fast" else WhiteningSpec()
+    ridge = given.pop("ridge", None)
+    spec = spec.replace(**given)
+    if ridge is None:
+        return spec
+    kinds = {Eigh: Eigh, Chebyshev: ChebyshevRidge}
+    if type(spec.root) not in kinds:
+        raise ValueError(
+            f"`whitening.ridge` goes with method 'eigh' or 'chebyshev', got {spec.root!r}."
+        )
+    return spec.replace(root=kinds[type(spec.root)](ridge))
