@@ -20,6 +20,7 @@ class DeconvolvedModel:
     """A Linen module with whitening layers in the place of its own; what `deconvolve(model)` returns.
 
     Its methods are those of the module, and may be jitted, differentiated and handed to a `TrainState`.
+    It is no module itself: convert the whole that you initialize, and leave parts out by `keep`.
 
     Attributes:
       model: the module, as it was.
@@ -140,7 +141,8 @@ def deconvolve(
     - Every batch norm becomes the identity, also of classes that are like `nn.BatchNorm` in settings and
       variables and hold no modules, unless `keep` names it or what it directly follows is a layer that stays.
       A kept one is as it was. Of an heir that does more, only what it inherits becomes the identity; a `mask`
-      that a batch norm is called with is not used.
+      that a batch norm is called with is not used. "Directly": behind a reshape or a sum nobody looks; and a
+      class that is like a batch norm but ends in an activation loses that too. For both there is `keep`.
     - A batch norm whose scale starts at zero becomes the product with one learnt scalar that starts at zero:
       blocks that start as the identity still do.
 

@@ -78,7 +78,8 @@ def deconvolve(
       used.
     - Given an input `x`, a batch norm that directly follows a layer that stays is kept. Without one it is
       not known what a batch norm follows: **one behind a layer that stays is then dropped, unless `keep`
-      names it**.
+      names it**. "Directly": behind a reshape or a sum nobody looks.
+    - A layer that is held under several attributes goes by the first of them, in alphabetical order.
 
     `conversion_report` lists what is done and why, given an input. Convert outside of `nnx.jit` and
     `nnx.eval_shape`.
