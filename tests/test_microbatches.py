@@ -259,6 +259,37 @@ def test_a_batch_norm_behind_a_cached_trace_must_have_its_momentum_given():
         accumulate(loss_fn, variables, PARTS)
 
 
+def test_a_batch_norm_that_is_called_twice_is_refused():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm = nn.BatchNorm(name="norm", **BATCH)
+            return norm(norm(x) + 1)
+
+    loss_fn, variables = loss_of(Twice()), Twice().init(jax.random.key(0), X)
+    accumulate(loss_fn, variables, X[None])
+    with pytest.raises(ValueError, match="batch norm norm is called more than once in a pass"):
+        accumulate(loss_fn, variables, PARTS)
+
+
+def test_batch_norms_in_a_loop_of_layers_are_not_taken_for_one():
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes: Any = {"params": 0, "batch_stats": 0, "moments": 0}
+            stack = nn.scan(
+                lambda norm, x, _: (norm(x), None),
+                variable_axes=axes,
+                split_rngs={"params": True},
+                length=2,
+            )
+            return stack(nn.BatchNorm(name="norm", **BATCH), x, None)[0]
+
+    loss_fn, variables = loss_of(Stack()), Stack().init(jax.random.key(0), X)
+    *_, stats = accumulate(loss_fn, variables, jnp.stack([X, X]))
+    assert_close(stats, accumulate(loss_fn, variables, X[None])[2])
+
+
 @pytest.mark.parametrize("momentum", [1.0, -0.1])
 def test_a_momentum_out_of_range_is_refused(momentum):
     new = {"mean": jnp.ones((2, 3)), "var": jnp.ones((2, 3))}

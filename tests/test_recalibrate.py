@@ -174,3 +174,88 @@ def test_no_batches_are_refused():
     layer, _ = LAYERS["dense"]
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         recalibrate(layer, start(layer), [], **FLAGS)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, behind one that evaluates."""
+
+    layer: Any
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=True, name="fixed")(x)
+        run = nn.remat(lambda layer, x: layer(x, not train)) if self.remat else None
+        for _ in range(2):
+            x = 2 * (run(self.layer, x) if run else self.layer(x, not train)) + 1
+        return x
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm(momentum=0.9), DeconvConv(3, (3, 3), momentum=0.8), ChannelDeconv(block_size=3)],
+)
+def test_a_layer_that_is_called_twice_keeps_nothing_of_the_old(layer, remat):
+    model = Twice(layer, remat)
+    fresh: Any = model.init(jax.random.key(0), X, train=False)
+    far = {**fresh, "batch_stats": jax.tree.map(lambda s: s, fresh["batch_stats"])}
+    shift = {"layer": jax.tree.map(lambda s: 50 * s + 7, fresh["batch_stats"]["layer"])}
+    far["batch_stats"] = {**fresh["batch_stats"], **shift}
+    zero = {"layer": jax.tree.map(jnp.zeros_like, fresh["batch_stats"]["layer"])}
+    _, updates = model.apply(
+        {**fresh, "batch_stats": {**fresh["batch_stats"], **zero}},
+        X,
+        train=True,
+        mutable=["batch_stats"],
+    )
+    # From nothing a step of momentum m leaves 1 - m of the batch, two leave 1 - m^2; a channel deconv all.
+    momentum = 0.0 if isinstance(layer, ChannelDeconv) else layer.momentum
+    expected = jax.tree.map(lambda s: s / (1 - momentum**2), updates["batch_stats"]["layer"])
+    new: Any = recalibrate(model, far, [X])["batch_stats"]
+    assert new["layer"].pop("step", 0) == far["batch_stats"]["layer"].get("step", 0)
+    expected.pop("step", None)
+    assert_close(new["layer"], expected, 1e-3)
+    assert_close(new["fixed"], fresh["batch_stats"]["fixed"], 1e-6)
+
+
+def test_layers_in_a_loop_take_as_many_steps_as_it_has():
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            def body(layer, x, _):
+                return 2 * layer(x) + 1, None
+
+            scan = nn.scan(
+                body,
+                variable_carry="batch_stats",
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                length=3,
+            )
+            run: Any = scan
+            return run(nn.BatchNorm(not train, momentum=0.9, name="norm"), x, None)[0]
+
+    norm: Any = nn.BatchNorm(True).init(jax.random.key(0), X)
+    model, variables = Loop(), {kind: {"norm": leaves} for kind, leaves in norm.items()}
+    x = X - X.mean((0, 1, 2))
+    far = {**variables, "batch_stats": jax.tree.map(lambda s: s + 100, variables["batch_stats"])}
+    new = [recalibrate(model, given, [x])["batch_stats"]["norm"] for given in (variables, far)]
+    assert_close(new[0], new[1], 1e-3)
+    # Means of 0, 1 and 1, of which the last step weighs 0.1, the one before it 0.09.
+    np.testing.assert_allclose(new[0]["mean"], 0.19 / 0.271, rtol=1e-3)
+
+
+def test_a_model_with_lists_in_its_fields_is_traced_once_for_each_shape():
+    traces = []
+
+    def count(x):
+        traces.append(x.shape)
+        return x
+
+    model = nn.Sequential([count, nn.BatchNorm(use_running_average=False)])
+    variables = model.init(jax.random.key(0), X)
+    traces.clear()
+    new: Any = recalibrate(model, variables, PARTS, apply_kwargs={})["batch_stats"]
+    assert len(traces) == 1
+    np.testing.assert_allclose(new["layers_1"]["mean"], X.mean((0, 1, 2)), atol=1e-4)

@@ -122,6 +122,16 @@ def test_transposed_convolutions_of_one_phase_are_converted(flipped):
     check_same(model, variables, (converted, new), train=False)
 
 
+def test_the_report_says_where_a_scalar_of_a_folded_norm_starts():
+    zero = nn.initializers.zeros_init()
+    net: Any = nn.Sequential([nn.Conv(6, (3, 3)), nn.BatchNorm(True, scale_init=zero)])
+    converted, new = warm_start(net, trained(net), [X], SPEC, apply_kwargs={})
+    (why,) = (entry.why for entry in converted.report(X).entries if entry.path == "layers_1")
+    assert new["params"]["layers_1"]["scale"] == 1
+    assert why.endswith("a learnt scalar that starts at one, as its scale is folded")
+    assert deconvolve(net, SPEC).report(X).entries[1].why.endswith("starts at zero")
+
+
 def test_a_transposed_convolution_with_strides_stays_and_says_why():
     model = Decoder(strides=2)
     variables = trained(model)

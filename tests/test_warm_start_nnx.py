@@ -176,6 +176,16 @@ def test_computation_in_bfloat16_stays_near():
     assert model.stem.kernel[...].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_without_batch_norms_the_mode_is_that_of_dropout(running):
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
+    net.eval() if running else net.train()
+    model = dnnx.warm_start(net, [X])
+    assert model.layers[0].use_running_average is running
+    assert model.layers[1].deterministic is running
+
+
 def test_what_cannot_be_is_refused_in_words():
     net = Net(nnx.Rngs(0))
     with pytest.raises(ValueError, match="`model` computes something else after conversion"):

@@ -1,12 +1,15 @@
 """Running averages of `nn.BatchNorm` and its like: what whole batches make of them, from what parts made."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
+from jax import lax
 
 from netdeconv_jax.linen.batch_norms import in_trial
 
@@ -71,35 +74,89 @@ def momentum_of(module: nn.Module) -> Any:
     return getattr(module, "momentum", None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Met:
+    """The modules with a momentum that a trace has run, by path.
+
+    Attributes:
+      momentum: of each.
+      updated: a running statistic of each as every call that moved it left it; more than one call may also be
+        one that was traced again.
+      repeated: the modules one of whose calls moved on what another had left.
+    """
+
+    momentum: dict[Path, float]
+    updated: dict[Path, list[Any]]
+    repeated: set[Path]
+
+
 def momenta(
     trace: Callable[[], Any], momentum_of: Callable[[nn.Module], Any] = momentum_of
-) -> tuple[Any, dict[Path, float]]:
-    """Return what `trace` returns, and the momentum of every Linen module that it runs, by path."""
-    found = {}
+) -> tuple[Any, Met]:
+    """Return what `trace` returns, and what it met: every Linen module that has a momentum."""
+    met = Met({}, {}, set())
 
     def look(run, args, kwargs, context):
         momentum = momentum_of(context.module)
-        if isinstance(momentum, (int, float)) and not in_trial():
-            found[tuple(context.module.path)] = momentum
-        return run(*args, **kwargs)
+        if not isinstance(momentum, (int, float)) or in_trial():
+            return run(*args, **kwargs)
+        path = tuple(context.module.path)
+        met.momentum[path] = momentum
+        before = _one_statistic(context.module)
+        result = run(*args, **kwargs)
+        after = _one_statistic(context.module)
+        if after is not before:
+            left = met.updated.setdefault(path, [])
+            if any(before is earlier for earlier in left):
+                met.repeated.add(path)
+            left.append(after)
+        return result
 
     with nn.intercept_methods(look):
-        return trace(), found
+        return trace(), met
 
 
-def shares_of(
-    stats: Tree, known: Mapping[Path, float], momentum: float | None
-) -> dict[Path, float]:
+def _one_statistic(module: nn.Module) -> Any:
+    return next(iter(jax.tree.leaves(module.variables.get("batch_stats", {}))), None)
+
+
+def shares_left(
+    update: Callable[[dict[Path, Any]], Mapping[Path, Any]], old: dict[Path, Any]
+) -> Mapping[Path, Any]:
+    """Return the share of each old running statistic in its new one, as `update` applies Linen modules.
+
+    That is the derivative: m^k after k steps of momentum m, in a loop too; 1 where there was none. What the
+    old statistics do to outputs, as in a layer that evaluates, is no part of it, so that outputs are cut
+    off. The values of this trace have no use: where a model differentiates inside, they are wrong.
+    """
+
+    def cut(run, args, kwargs, context):
+        del context
+        return jax.tree.map(
+            lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf,
+            run(*args, **kwargs),
+        )
+
+    with nn.intercept_methods(cut):
+        return jax.jvp(update, (old,), (jax.tree.map(jnp.ones_like, old),))[1]
+
+
+def shares_of(stats: Tree, met: Met, momentum: float | None) -> dict[Path, float]:
     """Return the momentum of every batch norm in `stats`: `momentum`, or the one that is known of it."""
     flat = leaves(stats)
     paths = {path[:-1] for path in flat if mean_beside(flat, path) is not None}
+    if repeated := sorted(paths & met.repeated):
+        raise ValueError(
+            f"`loss_fn` runs a model whose batch norm {'/'.join(repeated[0]) or '(the model)'} is called "
+            "more than once in a pass: what microbatches make of its variance cannot be merged."
+        )
     if momentum is not None:
         return dict.fromkeys(paths, momentum)
-    if unknown := sorted(paths - known.keys()):
+    if unknown := sorted(paths - met.momentum.keys()):
         raise ValueError(
             f"`momentum` of {'/'.join(unknown[0]) or 'the batch norm'} is not to be found; give it, got None."
         )
-    return {path: known[path] for path in paths}
+    return {path: met.momentum[path] for path in paths}
 
 
 def without(stats: Tree, moments: Tree) -> Tree:

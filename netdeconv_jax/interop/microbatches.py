@@ -35,8 +35,9 @@ def accumulate(
     microbatch is whitened (or batch-normalized) by its own statistics, in the forward and in the gradient,
     not by those of the whole batch. The running statistics take one step, with the moments of the whole
     batch: those of `moments` in the layers of this package, `merge_batch_norm` elsewhere. Freeze schedules
-    count one step. Microbatches of a layer with 1x1 kernels sample the rows that the whole batch would if
-    their pixels are a multiple of the sampling step.
+    count one step. A layer of this package that is called more than once takes a step for each call, all
+    with the moments of all its calls. Microbatches of a layer with 1x1 kernels sample the rows that the
+    whole batch would if their pixels are a multiple of the sampling step.
 
     To be called under `jit`, where the pass that updates costs the roots alone; also inside `shard_map` or
     `pmap` (`loss_fn` then takes the mean over devices as ever). Shard the batch axis, not that of the
@@ -53,7 +54,8 @@ def accumulate(
       without any. With k = 1 that is what `jax.value_and_grad` gives.
     Raises:
       ValueError: `batches` has no arrays, or their first axes differ; or a batch norm's momentum is not to
-        be found (its trace was cached by a `jit` inside `loss_fn`).
+        be found (its trace was cached by a `jit` inside `loss_fn`); or there are several microbatches, and
+        one batch norm is called more than once in a pass, as seen outside of `nn.remat` and the like.
 
     Source: ours; Chan, Golub and LeVeque 1979, for the pooling.
 
@@ -85,9 +87,9 @@ def accumulate(
         moments = updates.get("moments", {})
         return loss, grads, moments, (without(updates.get("batch_stats", {}), moments), aux)
 
-    shapes, known = momenta(lambda: jax.eval_shape(lambda batch: step({}, batch), first))
+    shapes, met = momenta(lambda: jax.eval_shape(lambda batch: step({}, batch), first))
     loss, grads, moments, (others, _) = shapes
-    shares = shares_of(others, known, momentum)
+    shares = shares_of(others, met, momentum)
     start = jax.tree.map(_zeros_like, (loss, grads, moments))
 
     def body(carry, batch):

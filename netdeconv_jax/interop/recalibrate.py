@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
 
-from netdeconv_jax.interop.batch_norm import laid_over, leaves, momenta
+from netdeconv_jax.interop.batch_norm import laid_over, leaves, momenta, shares_left
 from netdeconv_jax.linen import (
     ChannelDeconv,
     DeconvConv,
@@ -40,14 +40,15 @@ def recalibrate(
     The root of the pooled covariance would come nearer to that of all data as one batch, but the network was
     trained behind whiteners of batches (docs/decisions.md has the figures). Batches of other sizes weigh
     what they hold, and each size is compiled once; a second call with the same model and shapes compiles
-    nothing.
+    nothing, if the model is hashable. Of a layer that is called more than once in a pass, the calls weigh
+    what they weigh in its running average: the last the most.
 
     It knows the layers of this package and every module that has a field `momentum` and keeps
     `new = momentum * old + (1 - momentum) * batch` in floats, as `nn.BatchNorm` does. What other modules
     keep, and every count of steps, stays as it is.
 
     Args:
-      model: hashable, as Linen modules are.
+      model: a Linen module, or what `deconvolve` makes of one.
       variables: `params`, `batch_stats` and whatever else `model.apply` needs.
       batches: iterable of inputs, each the one positional argument of the model; arrays on several devices
         will do.
@@ -74,25 +75,49 @@ def recalibrate(
         return dict(variables)
     flags = tuple(sorted(({"train": True} if apply_kwargs is None else apply_kwargs).items()))
     variables = dict(variables)
-    own = mean_over(batches, lambda x: _own(model, flags, variables, x, rngs))
+    run = _compiled(model, flags)
+    own = mean_over(batches, lambda x: run(variables, x, rngs))
     return {**variables, "batch_stats": laid_over(variables["batch_stats"], own)}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "flags"))
+def _compiled(model, flags):
+    """What maps (variables, batch, rngs) to the batch's own statistics, compiled once for each shape."""
+    try:
+        hash(model)
+    except TypeError:  # a field holds a list: no other call can know the model again
+        return jax.jit(functools.partial(_own, model, flags))
+    return functools.partial(_own_of_hashable, model, flags)
+
+
 def _own(model, flags, variables, x, rngs):
     """The batch's own statistics, where it is known how they enter the running ones."""
     # From a count of 0 a freeze schedule is active.
-    old = jax.tree.map(_restarted, unfreeze(variables["batch_stats"]))
-    given = {**variables, "batch_stats": old}
-    (_, updates), known = momenta(
-        lambda: model.apply(given, x, mutable=["batch_stats"], rngs=rngs, **dict(flags)), _share
-    )
-    old, own = leaves(old), {}
-    for path, new in leaves(updates["batch_stats"]).items():
-        if path[:-1] in known and jnp.issubdtype(new.dtype, jnp.floating):
-            share = known[path[:-1]]
-            own[path] = (new - share * old[path]) / (1 - share)
+    start = jax.tree.map(_restarted, unfreeze(variables["batch_stats"]))
+
+    def update(stats):
+        given = {**variables, "batch_stats": laid_over(start, traverse_util.unflatten_dict(stats))}
+        _, updates = model.apply(given, x, mutable=["batch_stats"], rngs=rngs, **dict(flags))
+        return {path: new for path, new in leaves(updates["batch_stats"]).items() if path in stats}
+
+    old = {p: leaf for p, leaf in leaves(start).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    new, met = momenta(lambda: update(old), _share)
+    # Each call is a step. Only what was called again costs a second trace, of which nothing heavy is left.
+    again = {path for path, calls in met.updated.items() if len(calls) > 1}
+    measured = shares_left(update, old) if again else {}
+    own = {}
+    for path in new:
+        if path[:-1] in again:
+            share = measured[path]
+            moved = share != 1
+            rest = (new[path] - share * old[path]) / jnp.where(moved, 1 - share, 1)
+            own[path] = jnp.where(moved, rest, old[path])
+        elif path[:-1] in met.momentum:
+            share = met.momentum[path[:-1]]
+            own[path] = (new[path] - share * old[path]) / (1 - share)
     return traverse_util.unflatten_dict(own)
+
+
+_own_of_hashable = jax.jit(_own, static_argnames=("model", "flags"))
 
 
 def _share(module: nn.Module) -> Any:

@@ -204,7 +204,8 @@ class Conversion:
             self._note(module, path, KEPT, why)
             return run(*args, **kwargs)
         scalar = starts_at_zero(module, x.shape[-1])
-        self._note(module, path, DROPPED, explain_norm(source, scalar=scalar))
+        why = explain_norm(source, scalar=scalar, warm=self._rules.warm)
+        self._note(module, path, DROPPED, why)
         fields = _fields(module, ("dtype", "param_dtype", "use_scale", "use_bias"))
         param_dtype = fields["param_dtype"] or jnp.float32
         dtype = fields["dtype"] or jnp.result_type(x)

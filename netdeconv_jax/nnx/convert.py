@@ -70,8 +70,9 @@ def deconvolve(
       `__call__`, or below `nnx.SpectralNorm` or `nnx.WeightNorm` stays. `nnx.Linear` becomes `DeconvDense`
       where `dense` says so, in blocks of 512 features at least. `nnx.LinearGeneral` stays.
     - Batch statistics are used after `train()`, running ones after `eval()`, as with `nnx.BatchNorm`; at
-      first as the model's batch norms do. A `use_running_average` that the model passes to a batch norm
-      in the call does not reach the convolutions.
+      first as the model's batch norms do; without any, running ones if its dropout is off. A
+      `use_running_average` that the model passes to a batch norm in the call does not reach the
+      convolutions.
     - Every batch norm becomes the identity, also of classes that are like `nnx.BatchNorm` and hold no
       modules, unless `keep` names it; heirs with a `__call__` of their own stay. One whose scale is zero
       becomes the product with one learnt scalar that starts at zero. A `mask` that it is called with is not
@@ -213,6 +214,10 @@ def _stacked(variable: Any, lead: tuple[int, ...]) -> Any:
 
 
 def _mode(model: nnx.Module) -> bool:
-    """Whether a model's batch norms, if it has any, use running statistics."""
-    norms: list[Any] = [module for _, module in nnx.iter_modules(model) if is_norm(module)]
-    return bool(norms) and all(norm.use_running_average for norm in norms)
+    """Whether a model's batch norms use running statistics; without any, whether it drops nothing out."""
+    modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
+    if norms := [module for module in modules if is_norm(module)]:
+        return all(norm.use_running_average for norm in norms)
+    flags = [getattr(module, "deterministic", None) for module in modules]
+    flags = [flag for flag in flags if isinstance(flag, bool)]  # None is left to the call
+    return bool(flags) and all(flags)

@@ -75,7 +75,8 @@ def located(
             why = f"{explain_unwhitened(source)}; `deconvolve` must be given the input to know"
             entry = dataclasses.replace(entry, action=KEPT, why=why)
         else:
-            why = explain_norm(source, scalar=starts_at_zero(layers[path]))
+            # A warm start folds the scale and leaves no scalar.
+            why = explain_norm(source, scalar=not warm and starts_at_zero(layers[path]))
             entry = dataclasses.replace(entry, why=why)
         found[path] = entry
     return found, sources

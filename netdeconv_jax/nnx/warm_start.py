@@ -58,7 +58,8 @@ def warm_start(
       dense, keep, axis_name: as `deconvolve`.
       call_kwargs: what the model's call needs besides in evaluation, after `eval()`.
     Returns:
-      The copy, in the mode of the model given.
+      The copy, in the mode of the model given: that of its batch norms, else of its dropout. A model with
+      neither does not know its mode; the copy is then in training, whatever was called before.
     Raises:
       ValueError: `batches` is empty, or one batch itself; `spec` has a `local_norm`; `model` has nothing to
         convert, or layers stacked by `nnx.vmap`; or on the first batch outputs differ by more than rounding,

@@ -212,11 +212,14 @@ def explain_unwhitened(source: Path) -> str:
     return f"follows {'/'.join(source) or 'the model'}, which does not whiten"
 
 
-def explain_norm(source: Path | None, *, scalar: bool) -> str:
+def explain_norm(source: Path | None, *, scalar: bool, warm: bool = False) -> str:
     """Return why a batch norm is dropped that stands behind the whitening layer at `source`, or none."""
     why = (
         f"follows {'/'.join(source) or 'the model'}, which whitens"
         if source is not None
         else "pre-activation or other: not all of one whitening layer's output; `keep` would keep it"
     )
-    return f"{why}; started at scale zero: a learnt scalar that starts at zero" if scalar else why
+    if not scalar:
+        return why
+    start = "one, as its scale is folded" if warm else "zero"
+    return f"{why}; started at scale zero: a learnt scalar that starts at {start}"
