@@ -194,7 +194,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
     "layer",
-    [nn.BatchNorm(momentum=0.9), DeconvConv(3, (3, 3), momentum=0.8), ChannelDeconv(block_size=3)],
+    [nn.BatchNorm(momentum=0.9), DeconvConv(3, (3, 3), momentum=0.8), ChannelDeconv(block_size=2)],
 )
 def test_a_layer_that_is_called_twice_keeps_nothing_of_the_old(layer, remat):
     model = Twice(layer, remat)
