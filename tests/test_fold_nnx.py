@@ -207,3 +207,19 @@ def test_a_norm_behind_a_wrapped_layer_stays():
     assert isinstance(folded.layers[1], nnx.BatchNorm)
     net.eval()
     close(folded(x), net(x))
+
+
+def test_stacked_layers_and_norms_are_refused():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            self.stack = stack(rngs.split(3))
+
+        def __call__(self, x):
+            return nnx.vmap(lambda net, x: net(x), in_axes=(0, None))(self.stack, x)
+
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
+        fold(Stacked(nnx.Rngs(0)), x=jnp.ones((8, 4)))
