@@ -318,3 +318,14 @@ class _Call(nn.Module):
 
     def __call__(self, x):
         return self.stack(x, None)[0]
+
+
+class Rectified(DeconvDense):
+    def __call__(self, x, *args, **kwargs):
+        return nn.relu(super().__call__(x, *args, **kwargs))
+
+
+def test_an_heir_with_a_call_of_its_own_is_refused():
+    layer, x = Rectified(4, use_running_average=True), jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"overrides DeconvDense.__call__"):
+        fold(layer, layer.init(jax.random.key(0), x), x)

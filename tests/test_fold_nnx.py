@@ -174,3 +174,52 @@ def test_what_cannot_be_folded_is_refused():
 
     with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
         fold(stack(nnx.Rngs(0).split(3)))
+
+
+class Rectified(dnnx.DeconvDense):
+    def __call__(self, x, *args, **kwargs):
+        return nnx.relu(super().__call__(x, *args, **kwargs))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.enc = dnnx.DeconvDense(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.enc(x) @ self.enc.kernel[...].T
+
+
+def test_what_is_not_a_layer_of_ours_alone_is_refused():
+    rngs, x = nnx.Rngs(0), jax.random.normal(jax.random.key(0), (8, 4))
+    with pytest.raises(ValueError, match=r"overrides DeconvDense.__call__"):
+        fold(Rectified(4, 4, rngs=rngs))
+    with pytest.raises(ValueError, match="below a SpectralNorm or WeightNorm"):
+        fold(nnx.WeightNorm(dnnx.DeconvDense(4, 4, rngs=rngs), rngs=rngs))
+    with pytest.raises(ValueError, match="something else after folding"):
+        fold(with_statistics(Tied(rngs)), x=x)
+
+
+def test_a_norm_behind_a_wrapped_layer_stays():
+    rngs, x = nnx.Rngs(0), jax.random.normal(jax.random.key(0), (8, 4))
+    wrapped = nnx.WeightNorm(nnx.Linear(4, 4, rngs=rngs), rngs=rngs)
+    net = with_statistics(nnx.Sequential(wrapped, nnx.BatchNorm(4, rngs=rngs)))
+    folded = fold(net, x=x)
+    assert isinstance(folded.layers[1], nnx.BatchNorm)
+    net.eval()
+    close(folded(x), net(x))
+
+
+def test_stacked_layers_and_norms_are_refused():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            self.stack = stack(rngs.split(3))
+
+        def __call__(self, x):
+            return nnx.vmap(lambda net, x: net(x), in_axes=(0, None))(self.stack, x)
+
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
+        fold(Stacked(nnx.Rngs(0)), x=jnp.ones((8, 4)))

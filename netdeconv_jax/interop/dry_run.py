@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -76,7 +77,8 @@ def dry_run(
       kinds: of modules that answer so; others run.
       others: paths of modules of other kinds that are batch norms.
     Raises:
-      ValueError: a layer has other parameters than it would declare, as under `nn.scan` and `nn.vmap`.
+      ValueError: a layer has other parameters than it would declare, as under `nn.scan` and `nn.vmap`, or is
+        an heir of one of ours that does something else.
     """
     layers, norms, made = {}, {}, []
 
@@ -93,6 +95,8 @@ def dry_run(
             return jnp.zeros(x.shape, x.dtype)
         if not isinstance(module, kinds) or not isinstance(module, LAYERS):
             return run(*args, **kwargs)
+        if isinstance(module, WHITENED):
+            _check_ours(module, path)
         layers[path], shape = _layer(module, path, params, x)
         output = checkpoint_name(jnp.zeros(shape, x.dtype), "/".join(path))
         made.append((output, path))
@@ -146,6 +150,17 @@ def geometry_of(module: nn.Module) -> ops.Window | ops.Transposed | None:
             module.kernel_dilation,
         )
     return None
+
+
+def _check_ours(module: nn.Module, path: Path) -> None:
+    """Raise if the class of a layer that whitens does anything that ours does not."""
+    kind: Any = next(kind for kind in WHITENED if isinstance(module, kind))
+    for name in ("__call__", "param"):
+        if inspect.unwrap(getattr(type(module), name)) is not inspect.unwrap(getattr(kind, name)):
+            raise ValueError(
+                f"`model` has a layer {'/'.join(path)!r} that overrides {kind.__name__}.{name}; it cannot be "
+                "folded."
+            )
 
 
 def _layer(module, path, params, x):

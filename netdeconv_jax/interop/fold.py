@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
@@ -28,6 +30,7 @@ from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening.conv import plain_conv, plain_dense
 from netdeconv_jax.whitening.folding import features_axis, folded, merged
 from netdeconv_jax.whitening.local_norm import locally_normalized
+from netdeconv_jax.whitening.same_function import TIED, check_same
 from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 if TYPE_CHECKING:
@@ -103,6 +106,9 @@ def fold(
     plain one, an `nnx.Conv` or `nnx.Linear`. Given `x`, a batch norm that is all that reads the output of one
     convolution or dense layer is folded into it.
 
+    Given `x` as an array, outputs of the two are compared, except for networks of the zoo: a kernel that is
+    also used elsewhere cannot be seen from the layers. Without it, or by its shape, nothing is compared.
+
     Args:
       model: a network of the zoo, any Linen or NNX module, or what `deconvolve` made of one.
       variables: `params`, `batch_stats` and whatever else; also NumPy's arrays. None for NNX.
@@ -112,8 +118,8 @@ def fold(
       The model, and variables as nested dicts, without the statistics that were folded; of an NNX module the
       copy alone.
     Raises:
-      ValueError: `x` or `variables` is missing or one too many; a layer has no statistics, or is stacked by
-        `nn.scan` or `nnx.vmap`.
+      ValueError: `x` or `variables` is missing or one too many; a layer has no statistics, is stacked by
+        `nn.scan` or `nnx.vmap`, or overrides what ours does; or outputs differ by more than rounding.
       TypeError: `model` is neither a Linen nor an NNX module.
 
     Source: ours; Ye et al. 2020, section 3.4.
@@ -148,7 +154,12 @@ def fold(
         if layer.groups is not None:
             _fold_whitener(path, layer, params, stats)
     if not zoo:
-        return FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
+        found = FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+            flags = {name: flag for name, flag in apply_kwargs.items() if name != "mutable"}
+            run, again = (functools.partial(one.apply, **flags) for one in (model, found[0]))
+            check_same(run, plain, again, found[1], x, after="folding", remedy=TIED)
+        return found
     lone = any(norm.behind is None for norm in norms.values())
     lone |= any(layer.local_norm is not None for layer in layers.values())
     for path, norm in norms.items():

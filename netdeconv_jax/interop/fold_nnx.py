@@ -8,16 +8,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from netdeconv_jax.nnx import DeconvConv, DeconvConvTranspose, DeconvDense
 from netdeconv_jax.nnx.behind import LAYER, NORM, fold_norm, places
+from netdeconv_jax.nnx.former import FormerConv, FormerConvTranspose, FormerLinear
+from netdeconv_jax.nnx.plan import evaluated, wrapped_kernels
+from netdeconv_jax.nnx.warm_start import function_of
 from netdeconv_jax.whitening.conv import plain_conv, plain_dense
 from netdeconv_jax.whitening.folding import folded
 from netdeconv_jax.whitening.local_norm import locally_normalized
+from netdeconv_jax.whitening.same_function import TIED, check_same
 from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 Path = tuple[Any, ...]
+_OURS: tuple[Any, ...] = (
+    FormerConv,
+    FormerConvTranspose,
+    FormerLinear,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+)
 
 
 class _Plain:
@@ -93,25 +106,63 @@ def fold_nnx(model: Any, x: Any = None, **call_kwargs: Any) -> Any:
             f"`model` must be a Linen or an NNX module, got {type(model).__name__}: {model!r:.60}."
         )
 
+    copy = nnx.clone(model)
+    wrapped = wrapped_kernels(copy)
+
     def plainly(path: Path, node: Any) -> Any:
         if isinstance(node, DeconvConv | DeconvConvTranspose | DeconvDense):
+            _check_ours(path, node, id(node.kernel) in wrapped)
             return _plain(path, node)
         return node
 
-    copy = nnx.recursive_map(plainly, nnx.clone(model), graph=True)
+    copy = nnx.recursive_map(plainly, copy, graph=True)
     copy.eval()
     if x is None:
         return copy
     found = places(copy, _role, (x,), call_kwargs)
     pairs: dict[Path, Any] = {path: place.source for path, place in found.items() if place.alone}
+    wrapped = wrapped_kernels(copy)
 
     def without_norms(path: Path, node: Any) -> Any:
         return _Identity() if path in pairs else node
 
     layers: dict[Path, Any] = dict(nnx.iter_modules(copy))
+    pairs = {
+        norm: layer for norm, layer in pairs.items() if id(layers[layer].kernel) not in wrapped
+    }
     for norm, layer in pairs.items():
+        _check_single(
+            layer, layers[layer].kernel, np.size(getattr(layers[layer], "kernel_size", ()))
+        )
         fold_norm(layers[norm], layers[layer], dtype=layers[layer].dtype)
-    return nnx.recursive_map(without_norms, copy, graph=True)
+    copy = nnx.recursive_map(without_norms, copy, graph=True)
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+        old, new = (function_of(one, call_kwargs) for one in (evaluated(model), copy))
+        check_same(*old, *new, x, after="folding", remedy=TIED)
+    return copy
+
+
+def _check_ours(path: Path, layer: Any, wrapped: bool) -> None:
+    """Raise if a layer that whitens is not all that there is to its output."""
+    name = "/".join(map(str, path))
+    if type(layer).__call__ not in [kind.__call__ for kind in _OURS]:
+        kind = next(kind.__name__ for kind in _OURS if isinstance(layer, kind))
+        raise ValueError(
+            f"`model` has a layer {name!r} that overrides {kind}.__call__; it cannot be folded."
+        )
+    if wrapped:
+        raise ValueError(
+            f"`model` has a layer {name!r} below a SpectralNorm or WeightNorm; it cannot be folded."
+        )
+
+
+def _check_single(path: Path, kernel: Any, spatial: int) -> None:
+    """Raise if a kernel is that of many layers."""
+    if kernel.ndim != 2 + spatial:
+        raise ValueError(
+            f"`model` has a kernel of shape {kernel.shape} at {'/'.join(map(str, path))!r}, not that of "
+            "one layer: layers under `nnx.vmap` cannot be folded."
+        )
 
 
 def _plain(path: Path, layer: Any) -> Any:
@@ -123,11 +174,7 @@ def _plain(path: Path, layer: Any) -> Any:
         layer.whitener[...],
     )
     spatial = 0 if isinstance(layer, DeconvDense) else layer.geometry.ndim
-    if arrays[0].ndim != 2 + spatial:
-        raise ValueError(
-            f"`model` has a kernel of shape {arrays[0].shape} at {'/'.join(map(str, path))!r}, not that of "
-            "one layer: layers under `nnx.vmap` cannot be folded."
-        )
+    _check_single(path, arrays[0], spatial)
     dtype = jnp.dtype(layer.dtype or arrays[0].dtype)
     shared: Any = {
         "dtype": layer.dtype,

@@ -125,14 +125,7 @@ def _named(path: Sequence[Any]) -> Path:
 
 def map_layers(change: Callable[[Path, Any, bool], Any], model: nnx.Module) -> Any:
     """Return the model with every linear layer and batch norm changed, which is told if it is wrapped."""
-    # By their kernels, which are shared by the copies that nnx makes of the modules.
-    wrapped = {
-        id(inner.kernel)
-        for _, wrapper in nnx.iter_modules(model)
-        if isinstance(wrapper, _WRAPPERS)
-        for _, inner in nnx.iter_modules(wrapper)
-        if isinstance(inner, _LINEAR)
-    }
+    wrapped = wrapped_kernels(model)
 
     def visit(path, node):
         if isinstance(node, _LINEAR) or is_norm(node):
@@ -140,6 +133,17 @@ def map_layers(change: Callable[[Path, Any, bool], Any], model: nnx.Module) -> A
         return node
 
     return nnx.recursive_map(visit, model)
+
+
+def wrapped_kernels(model: nnx.Module) -> set[int]:
+    """Return the ids of the kernels that a wrapper changes, which copies that nnx makes of modules share."""
+    return {
+        id(kernel)
+        for _, wrapper in nnx.iter_modules(model)
+        if isinstance(wrapper, _WRAPPERS)
+        for _, inner in nnx.iter_modules(wrapper)
+        if (kernel := getattr(inner, "kernel", None)) is not None
+    }
 
 
 def checked(model: Any) -> nnx.Module:

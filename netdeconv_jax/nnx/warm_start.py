@@ -105,7 +105,7 @@ def warm_start(
         layer.kernel, layer.bias = layer.kernel.copy(kernel), layer.bias.copy(bias)
         layer.mean.set_value(mean)
         layer.whitener.set_value(whitener)
-    check_same(*_function(old, flags), *_function(evaluated(new), flags), x)
+    check_same(*function_of(old, flags), *function_of(evaluated(new), flags), x)
     return new
 
 
@@ -175,7 +175,7 @@ def _measured(layer: Any) -> None:
     layer.__class__ = Measured
 
 
-def _function(model: Any, flags: Mapping[str, Any]) -> tuple[Any, Any]:
+def function_of(model: Any, flags: Mapping[str, Any]) -> tuple[Any, Any]:
     """A model as a function of variables and an input, and the variables."""
     graph, state = nnx.split(model)
     return lambda state, x: nnx.merge(graph, state)(x, **flags), state

@@ -13,6 +13,8 @@ from netdeconv_jax.whitening.spec import WhiteningSpec
 # in fewer bits, and far below what a wrong fold does.
 _TOLERANCES = ((52, 1e-6), (23, 0.05), (0, 0.25))
 
+TIED = "a kernel that is folded may be used elsewhere too"
+
 
 def check_no_local_norm(spec: WhiteningSpec | None) -> None:
     """Raise if layers of `spec` cannot compute what plain ones do, whatever their kernels."""
@@ -29,6 +31,9 @@ def check_same(
     again: Callable[[Any, Any], Any],
     new_variables: Any,
     x: Any,
+    *,
+    after: str = "conversion",
+    remedy: str = "`keep` the layers that are not what they look like",
 ) -> None:
     """Raise if the new model computes anything else: a batch norm may be none, whatever it looks like."""
     precision = _precision(jax.make_jaxpr(run)(variables, x).jaxpr)
@@ -40,8 +45,8 @@ def check_same(
         largest, error = (float(jnp.abs(y).max()) for y in (expected, output - expected))
         if not error <= tolerance * max(largest, 1e-3):
             raise ValueError(
-                f"`model` computes something else after conversion: outputs of up to {largest:.3g} differ by "
-                f"{error:.3g}; `keep` the layers that are not what they look like."
+                f"`model` computes something else after {after}: outputs of up to {largest:.3g} differ by "
+                f"{error:.3g}; {remedy}."
             )
 
 
