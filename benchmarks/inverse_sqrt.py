@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.stages import value_and_pullback
 from netdeconv_jax import ops
-from netdeconv_jax.ops import polynomial, roots
+from netdeconv_jax.ops import roots
 from train import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -109,10 +109,7 @@ def errors(size: int) -> list[dict[str, Any]]:
     """Return the relative error of every method at every condition and precision."""
     rows = []
     for precision, product in PRODUCTS.items():
-        with (
-            mock.patch.object(roots, "highest_matmul", product),
-            mock.patch.object(polynomial, "highest_matmul", product),
-        ):
+        with mock.patch.object(roots, "highest_matmul", product):
             for name, (method, num_iters) in METHODS.items():
                 if name == "eigh" and precision != "highest":
                     continue  # its products are the least of it

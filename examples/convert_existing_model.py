@@ -63,7 +63,7 @@ def main():
     net = Net()
     start = net.init(jax.random.key(0), images[:1], train=False)
     trained = fit(net, start, images, labels, epochs=4, learning_rate=0.1)
-    batches = images[: 8 * BATCH].reshape(8, BATCH, 8, 8, 1)
+    batches = np.split(images[: 8 * BATCH], 8)
     spec = WhiteningSpec(sampling_stride=1)  # maps of few pixels: let statistics see them all
     model, converted = warm_start(net, trained, batches, spec)
     print(model.report(images[:1], train=False))

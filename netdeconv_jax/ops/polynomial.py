@@ -21,8 +21,8 @@ from netdeconv_jax.ops.roots import (
     check_num_iters,
     check_square,
     frobenius_norm,
-    highest_matmul,
     identity_like,
+    kept_product,
     newton_schulz,
 )
 
@@ -250,7 +250,7 @@ def _evaluate(x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...]) -> 
     powers = [eye, x]
     for k in range(2, m + 1):  # T_(i+j) = 2 T_i T_j - T_|i-j|
         i, j = (k + 1) // 2, k // 2
-        powers.append(2 * highest_matmul(powers[i], powers[j]) - powers[i - j])
+        powers.append(2 * kept_product(powers[i], powers[j]) - powers[i - j])
 
     def q(j: int) -> jax.Array:
         return sum(
@@ -266,8 +266,8 @@ def _evaluate(x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...]) -> 
     else:
         above, here = jnp.zeros_like(eye), q(top)
     for j in range(top - 1, 0, -1):
-        above, here = here, q(j) + 2 * highest_matmul(powers[m], here) - above
-    return q(0) + highest_matmul(powers[m], here) - above
+        above, here = here, q(j) + 2 * kept_product(powers[m], here) - above
+    return q(0) + kept_product(powers[m], here) - above
 
 
 def _split(coefficients: np.ndarray, m: int) -> np.ndarray:

@@ -52,10 +52,10 @@ def _iterate(cov: jax.Array, num_iters: int) -> jax.Array:
     norm = frobenius_norm(cov)[..., None, None]
     y, z = cov / norm, None
     for step in range(num_iters):
-        t = 1.5 * eye - 0.5 * (y if z is None else highest_matmul(z, y))
-        z = t if z is None else highest_matmul(t, z)
+        t = 1.5 * eye - 0.5 * (y if z is None else kept_product(z, y))
+        z = t if z is None else kept_product(t, z)
         if step < num_iters - 1:
-            y = highest_matmul(y, t)
+            y = kept_product(y, t)
     assert z is not None
     return z / jnp.sqrt(norm)
 
@@ -121,12 +121,17 @@ def identity_like(a: jax.Array) -> jax.Array:
 
 
 def highest_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply at HIGHEST precision: long iterations break under TF32 and bfloat16.
+    """Multiply at HIGHEST precision: long iterations break under TF32 and bfloat16."""
+    return jnp.matmul(a, b, precision=_HIGHEST)
 
-    The product is named `"whitener"`, for policies of `jax.checkpoint`: small, and dear to compute again. The
-    gradient needs every one of them, not only the last.
+
+def kept_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply, and name the product `"whitener"`, for policies of `jax.checkpoint`.
+
+    Small, and dear to compute again; and the gradient needs every product of a root, not only the last. Not
+    for derivatives: a name cannot be transposed.
     """
-    return checkpoint_name(jnp.matmul(a, b, precision=_HIGHEST), "whitener")
+    return checkpoint_name(highest_matmul(a, b), "whitener")
 
 
 def frobenius_norm(a: jax.Array) -> jax.Array:
