@@ -145,11 +145,12 @@ def check_step(model, norm, variables, x, labels):
     "name",
     [pytest.param(n, marks=() if n == "lenet" else pytest.mark.slow) for n in REPRESENTATIVES],
 )
-def test_eight_devices_agree_with_one(name, norm):
-    model, *arguments = small(name, norm)
+def test_eight_devices_agree_with_one(name, norm, x64):
+    # In float32 rounding turns a ReLU here and there, and moves an entry by a hundredth.
+    model, variables, x, labels = small(name, norm, param_dtype=jnp.float64)
+    arguments = variables, x.astype(jnp.float64), labels
     alone = compiled_step(model)(*arguments)
     together = compiled_step(model)(*over_eight_devices(*arguments))
     for one, eight in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-        # In the mean over an array: where rounding turns a ReLU, a few entries differ by more.
-        scale = max(1e-2, float(jnp.sqrt(jnp.mean(one**2))))
-        assert float(jnp.sqrt(jnp.mean((one - eight) ** 2))) < 1e-2 * scale
+        scale = max(1e-2, float(jnp.abs(one).max()))
+        np.testing.assert_allclose(one, eight, rtol=0, atol=1e-9 * scale)
