@@ -3,13 +3,14 @@
 import ast
 import difflib
 import importlib.util
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
+
+from train.config_rules import MUST, WHITENING
 
 # An `ml_collections.ConfigDict`. Of the types of its values it knows too little to be of use to a checker.
 Config = Any
@@ -51,7 +52,7 @@ def default() -> Config:
 
     config.whitening = ml_collections.ConfigDict()  # laid over the network's own, see WhiteningSpec
     config.whitening.preset = "paper"  # or "fast"
-    for name, kind in _WHITENING.items():
+    for name, kind in WHITENING.items():
         setattr(config.whitening, name, config_dict.placeholder(kind))
     config.whitening.through_root = True  # False: no gradient flows through the whitener
     config.whitening.update_every = 1  # steps; those between reuse the running statistics
@@ -83,22 +84,6 @@ def default() -> Config:
     config.log.every_steps = 50  # a row of training figures
     config.log.diagnostics_every_steps = 0  # a row of diagnostics of every whitened layer; 0: none
     return config
-
-
-_WHITENING = {
-    "block_size": int,
-    "num_iters": int,
-    "eps": float,
-    "momentum": float,
-    "sampling_stride": int,
-    "whiten": str,
-    "grouping": str,
-    "shared_whitener": bool,
-    "local_norm": str,
-    "method": str,
-    "one_pass": bool,
-    "ridge": float,  # of methods "eigh" and "chebyshev", relative to the norm
-}
 
 
 def network_and_norm(arg: str, norms: Iterable[str]) -> tuple[str, str]:
@@ -144,7 +129,7 @@ def overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def seeds(texts: Sequence[str]) -> list[int]:
     """Return the seeds that `texts` spell, or raise ValueError."""
-    what, holds = _MUST["seed"]
+    what, holds = MUST["seed"]
     numbers = [int(text) if text.strip().isdecimal() else None for text in texts]
     if not all(map(holds, numbers)):
         raise ValueError(f"Each of `--seeds` must be {what}, got {','.join(texts)}.")
@@ -208,11 +193,10 @@ def check(config: Config) -> None:
     Names of datasets, networks and optimizers, and settings of the whitening, are checked where they serve.
     """
     have = flat(config)
-    must = _MUST | {f"whitening.{name}": _ANY for name in _WHITENING}
     for name in have:
-        if name not in must:
-            raise ValueError(f"`{name}` is not a key of a config; {_nearest(name, must)}.")
-    for name, (what, holds) in must.items():
+        if name not in MUST:
+            raise ValueError(f"`{name}` is not a key of a config; {_nearest(name, MUST)}.")
+    for name, (what, holds) in MUST.items():
         if name not in have:
             raise ValueError(f"`{name}` is missing from the config: it must be {what}.")
         if not holds(have[name]):
@@ -233,90 +217,9 @@ def _change(config: Config, name: str, value: Any) -> None:
         config.update_from_flattened_dict({name: value})
     except (TypeError, ValueError):
         kind = type(have[name]).__name__
-        what = _MUST[name][0] if name in _MUST else f"of type {kind}"
-        if have[name] is None:
-            what = f"of type {_WHITENING[name.removeprefix('whitening.')].__name__}"
+        what = MUST[name][0] if name in MUST else f"of type {kind}"
         raise ValueError(f"`{name}` must be {what}, got {value!r}.") from None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     return f"the nearest is `{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}`"
-
-
-Rule = tuple[str, Callable[[Any], bool]]
-
-
-def _int_from(least: int, most: float = math.inf) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-    return f"an int of at least {least}" + (
-        f" and at most {most}" if most < math.inf else ""
-    ), holds
-
-
-def _number(what: str, holds: Callable[[float], bool]) -> Rule:
-    def is_such(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and abs(value) < math.inf and holds(value)
-
-    return f"a number {what}", is_such
-
-
-def _one_of(*values: str) -> Rule:
-    return f"one of {values}", lambda value: value in values
-
-
-def _increasing_shares(value: Any) -> bool:
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
-    return numbers and all(a < b for a, b in zip([0, *value], [*value, 1], strict=True))
-
-
-_STRING: Rule = ("a string", lambda value: isinstance(value, str))
-_BOOL: Rule = ("True or False", lambda value: isinstance(value, bool))
-_ANY: Rule = ("set or None", lambda value: True)
-_SHARE: Rule = _number("in [0, 1)", lambda v: 0 <= v < 1)
-
-_MUST: dict[str, Rule] = {
-    "dataset": _STRING,
-    "data_dir": _STRING,
-    "network": _STRING,
-    "norm": _STRING,
-    "epochs": _int_from(1),
-    "batch_size": _int_from(1),
-    "eval_batch_size": _int_from(1),
-    "seed": _int_from(0, 2**32 - 1),  # a larger one would be cut to 32 bits, and be another's
-    "dtype": _one_of("float32", "bfloat16"),
-    "loss": _one_of("cross_entropy", "l2"),
-    "label_smoothing": _SHARE,
-    "accumulate": _int_from(1),
-    "ema": _SHARE,
-    "recalibrate": _int_from(0),
-    "statistics": _one_of("global", "device"),
-    "parallel": _one_of("jit", "pmap"),
-    "bad_images": _one_of("raise", "skip"),
-    "model.width": _number("above 0", lambda v: v > 0),
-    "model.layout": _one_of("full", "original"),
-    "whitening.preset": _one_of("paper", "fast"),
-    "whitening.through_root": _BOOL,
-    "whitening.update_every": _int_from(1),
-    "whitening.update_warmup_steps": _int_from(0),
-    "augment.crop": _int_from(0),
-    "augment.flip": _BOOL,
-    "augment.image_size": _int_from(1),
-    "augment.eval_resize": _int_from(1),
-    "optimizer.name": _STRING,
-    "optimizer.schedule": _STRING,
-    "optimizer.learning_rate": _number("above 0", lambda v: v > 0),
-    "optimizer.warmup_epochs": _number("of at least 0", lambda v: v >= 0),
-    "optimizer.milestones": ("increasing shares of the run, in (0, 1)", _increasing_shares),
-    "optimizer.decay": _number("above 0", lambda v: v > 0),
-    "optimizer.momentum": _SHARE,
-    "optimizer.nesterov": _BOOL,
-    "optimizer.weight_decay": _number("of at least 0", lambda v: v >= 0),
-    "optimizer.decay_on": _one_of("all", "kernels"),
-    "checkpoint.keep": _int_from(2),
-    "checkpoint.every_steps": _int_from(0),
-    "log.every_steps": _int_from(1),
-    "log.diagnostics_every_steps": _int_from(0),
-}

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from train.curves import INK
-from train.experiments import figure4
+from train.experiments import sweeps
 from train.experiments.cell import Experiment, Results, Verdict
 from train.experiments.cifar import accuracies
 from train.experiments.pictures import Pictures, draw_dots, draw_losses
@@ -110,7 +110,7 @@ def _state(experiment: Experiment, found: Results) -> str:
 
 def _picture(page: Path, found: Mapping[str, Results]) -> str | None:
     """Draw what tells most: the losses of figure 4(a), and ResNets after one epoch once there are any."""
-    regression = figure4.best(found.get("figure4a", {}))
+    regression = sweeps.best(found.get("figure4a", {}))
     dots = [dot for network in FINAL if (dot := _dot(found.get("table1_epoch1", {}), network))]
     panels = bool(regression) + bool(dots)
     if not panels:
@@ -122,7 +122,7 @@ def _picture(page: Path, found: Mapping[str, Results]) -> str | None:
         if "deconv-lr1" in runs:  # the published rate, not the best one
             regression = {**regression, "deconv": runs["deconv-lr1"]}
         curves: Any = {
-            f"{figure4.NORMS[n]}, rate {figure4.rate(r)}": (n, [one["steps"] for one in r])
+            f"{sweeps.NORMS[n]}, rate {sweeps.rate(r)}": (n, [one["steps"] for one in r])
             for n, r in regression.items()
         }
         line = None

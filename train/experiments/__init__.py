@@ -2,9 +2,13 @@
 
 from train.experiments.ablation import ABLATION, ABLATION10
 from train.experiments.cell import Experiment
-from train.experiments.cifar import EPOCH1, EPOCH20, FIGURE8A, PREPRINT20, SPEEDRUN
+from train.experiments.cifar import EPOCH1, EPOCH20, PREPRINT20
+from train.experiments.figure2 import FIGURE2
+from train.experiments.figure3 import FIGURE3
 from train.experiments.figure4 import FIGURE4A, FIGURE4B, FIGURE4CD
-from train.experiments.looks import FIGURE2, FIGURE3, FIGURE9, ROWS
+from train.experiments.figure8a import FIGURE8A
+from train.experiments.figure9 import FIGURE9, ROWS
+from train.experiments.speedrun import SPEEDRUN
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one

@@ -1,4 +1,4 @@
-"""Accuracies on CIFAR-10: the columns of Table 1, the weight decay of figure 8(a) and the speed run.
+"""Accuracies on CIFAR-10: the columns of Table 1.
 
 The recipe is the original code's, see `configs/cifar10.py`, and so are the networks (`layout="original"`). A
 column of one epoch is a run of one epoch, its learning rate brought to zero within it.
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from train.experiments.cell import SEEDS, Cell, Experiment, Result, Results, Verdict
+from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
 from train.experiments.published import FINAL, PREPRINT, REPLICATED
 from train.experiments.tables import mean_range, table
 
@@ -72,7 +72,7 @@ def _judge(
     won = sum(gain > 0 for gain in gains.values())
     lost = ", ".join(n for n, gain in gains.items() if gain <= 0)
     gain, their = statistics.fmean(gains.values()), statistics.fmean(theirs)
-    seeds = _seeds(both)
+    seeds = seed_counts(both)
     verdicts = [
         Verdict(
             claim,
@@ -99,7 +99,7 @@ def _judge(
                 "3 of 3 networks",
                 f"{len(between)} of {len(channel)}",
                 "",
-                _seeds(channel),
+                seed_counts(channel),
             )
         )
     off = [
@@ -127,7 +127,8 @@ def _judge(
     return verdicts
 
 
-def _seeds(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def seed_counts(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return how many seeds stand behind each cell, as a number or a range."""
     counts = [len(values) for cells in found.values() for values in cells.values()]
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
@@ -154,7 +155,7 @@ def _tell(
                     f"{again[0]:.1f} to {again[1]:.1f}" if again else "",
                     "" if theirs is None else f"{statistics.fmean(values) - theirs:+.2f}",
                     str(len(values)),
-                    _cost(results[f"{network}-{norm}"]),
+                    cost(results[f"{network}-{norm}"]),
                 ]
             )
         dots.append(dot)
@@ -168,7 +169,8 @@ def _tell(
     return [picture, "", *table(heads, rows)]
 
 
-def _cost(runs: Sequence[Result]) -> str:
+def cost(runs: Sequence[Result]) -> str:
+    """Return the median seconds of a run, and on what."""
     devices = {run["device"] for run in runs}
     seconds = statistics.median(run["seconds"] for run in runs)
     return f"{seconds:.0f} ({', '.join(sorted(devices))})"
@@ -201,162 +203,4 @@ PREPRINT20 = _column(
     20,
     ("batch", "channel", "deconv"),
     "Preprint table 1",
-)
-
-
-# ---- Figure 8(a)
-
-DECAYS = (5e-4, 1e-3, 2e-3, 5e-3)
-
-
-def _decay_cells(
-    prefix: str, network: str, decays: Sequence[float], minutes: tuple[float, float], **changes: Any
-):
-    for norm in ("batch", "deconv"):
-        for decay in decays:
-            changes = {**changes, "optimizer.weight_decay": decay}
-            yield Cell(
-                f"{prefix}-{norm}-wd{decay:g}",
-                changes["epochs"] * minutes[norm == "deconv"],
-                f"configs/cifar10.py:{network},{norm}",
-                changes,
-            )
-
-
-def _decays(results: Results, prefix: str) -> dict[str, dict[float, list[float]]]:
-    found: dict[str, dict[float, list[float]]] = {"batch": {}, "deconv": {}}
-    for cell, runs in results.items():
-        head, _, decay = cell.partition("-wd")
-        name, _, norm = head.rpartition("-")
-        if name == prefix and accuracies(runs):
-            found[norm][float(decay)] = accuracies(runs)
-    return {norm: dict(sorted(cells.items())) for norm, cells in found.items()}
-
-
-def _judge_decay(results: Results) -> list[Verdict]:
-    verdicts = []
-    for prefix in ("small", "vgg13"):
-        found = _decays(results, prefix)
-        claim = f"Figure 8a: weight decay 1e-3 to 5e-3 helps deconvolution and hurts batch norm ({prefix})"
-        if any(not {1e-3, 5e-3} <= set(cells) for cells in found.values()):
-            verdicts.append(Verdict(claim, "not run"))
-            continue
-        change = {
-            n: statistics.fmean(c[5e-3]) - statistics.fmean(c[1e-3]) for n, c in found.items()
-        }
-        right = (change["deconv"] > 0) + (change["batch"] < 0)
-        verdicts.append(
-            Verdict(
-                claim,
-                ("no", "in part", "yes")[right],
-                "a picture",
-                f"{change['deconv']:+.2f} and {change['batch']:+.2f}",
-                "",
-                _seeds({n: {str(d): v for d, v in c.items()} for n, c in found.items()}),
-                "Change of the test accuracy in points. The paper has 100 epochs of VGG-13 on CIFAR-100.",
-            )
-        )
-    return verdicts
-
-
-def _tell_decay(results: Results, draw: Any) -> list[str]:
-    lines = []
-    for prefix in ("small", "vgg13"):
-        found = _decays(results, prefix)
-        decays = sorted({decay for cells in found.values() for decay in cells})
-        if not decays:
-            continue
-        dots = [
-            {"label": f"{decay:g}"}
-            | {norm: {"ours": cells[decay]} for norm, cells in found.items() if decay in cells}
-            for decay in decays
-        ]
-        rows = [
-            [
-                f"{decay:g}",
-                *(
-                    mean_range(cells[decay], "{:.2f}") if decay in cells else ""
-                    for cells in found.values()
-                ),
-                str(max(len(cells.get(decay, ())) for cells in found.values())),
-            ]
-            for decay in decays
-        ]
-        title = f"Test accuracy by weight decay, {prefix}"
-        lines += [draw.dots(f"figure8a_{prefix}", dots, title=title, what="test accuracy, %"), ""]
-        lines += [*table([f"weight decay, {prefix}", *(NORMS[n] for n in found), "n"], rows), ""]
-    return lines or ["Not run."]
-
-
-FIGURE8A = Experiment(
-    "figure8a",
-    "weight decay with and without deconvolution: ResNet-18 of width 16, 5 epochs; VGG-13, 20 epochs",
-    (
-        *_decay_cells("small", "resnet18", DECAYS, (1.5, 3), **{"epochs": 5, "model.width": 0.25}),
-        *_decay_cells("vgg13", "vgg13", (1e-3, 5e-3), (18, 30), **{"epochs": 20}),
-    ),
-    _judge_decay,
-    _tell_decay,
-    seeds_last=True,
-)
-
-
-# ---- The speed run
-
-MARK = 94.0
-
-
-def _judge_speed(results: Results) -> list[Verdict]:
-    claim = f"Ours: {MARK:g}% on CIFAR-10 without batch norm in fewer epochs than the paper's 20"
-    found = {
-        runs[0]["config"]["epochs"]: accuracies(runs)
-        for runs in results.values()
-        if accuracies(runs)
-    }
-    if not found:
-        return [Verdict(claim, "not run")]
-    reached = [
-        epochs for epochs, values in sorted(found.items()) if statistics.fmean(values) >= MARK
-    ]
-    best = max(found, key=lambda epochs: statistics.fmean(found[epochs]))
-    epochs = reached[0] if reached else best
-    return [
-        Verdict(
-            claim,
-            "yes" if reached and epochs < 20 else "no",
-            "94.07 in 20 epochs",
-            f"{statistics.fmean(found[epochs]):.2f} in {epochs} epochs",
-            "",
-            str(len(found[epochs])),
-            "Public marks: 7.6 to 8 epochs with a whitened stem, batch norm and test-time flips; 90.6% for "
-            "the same without batch norm.",
-        )
-    ]
-
-
-def _tell_speed(results: Results, draw: Any) -> list[str]:
-    del draw
-    rows = [
-        [
-            str(runs[0]["config"]["epochs"]),
-            mean_range(accuracies(runs), "{:.2f}"),
-            str(len(runs)),
-            _cost(runs),
-        ]
-        for runs in sorted(results.values(), key=lambda runs: runs[0]["config"]["epochs"])
-        if accuracies(runs)
-    ]
-    return table(["epochs", "test accuracy", "n", "seconds a run"], rows) if rows else ["Not run."]
-
-
-SPEEDRUN = Experiment(
-    "speedrun",
-    "fewest epochs to 94% on CIFAR-10 without batch norm",
-    tuple(
-        Cell(f"epochs{n}", 15 * n, "configs/cifar10_speedrun.py", {"epochs": n}, seeds=SEEDS)
-        for n in (6, 8, 10, 12, 15)
-    ),
-    _judge_speed,
-    _tell_speed,
-    seeds_last=True,
 )
