@@ -14,14 +14,16 @@ from train import config as configs
 from train import data, loop
 from train.output import Output
 
-# Rounding grows with the learning rate: at 0.1 whitened LeNet turns 1e-6 into 1e-2 in these 20 steps, on one
-# device too if one bit of its first image is changed.
+# Rounding that flips a ReLU changes a gradient by a thousandth, and each such step makes more of them flip: a
+# cascade, at a rate of 0.001 already. At this rate it dies out, while whatever is shared out wrongly shows
+# in the statistics at any rate, and in the parameters by the size of their steps.
+RATE = 1e-4
 SETTINGS = {
     "epochs": 1,
     "batch_size": 56,  # 21 steps an epoch
     "eval_batch_size": 104,  # six batches, the last of them with 25 examples of padding
     "whitening.block_size": 4,
-    "optimizer.learning_rate": 0.01,
+    "optimizer.learning_rate": RATE,
 }
 STEPS = 20
 
@@ -63,9 +65,9 @@ def assert_same(one, other, tolerance=1e-5):
     momenta = zip(
         jax.tree.leaves(state.opt_state), jax.tree.leaves(other_state.opt_state), strict=True
     )
-    for a, b in momenta:  # they reach the parameters times the learning rate
-        rate = SETTINGS["optimizer.learning_rate"]
-        np.testing.assert_allclose(rate * a, rate * b, rtol=0, atol=tolerance)
+    for a, b in momenta:  # sums of gradients, flips included
+        scale = float(np.abs(a).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=1000 * tolerance * scale)
     assert abs(row["test_loss"] - other_row["test_loss"]) < tolerance
     assert abs(row["test_accuracy"] - other_row["test_accuracy"]) < 2 / 599
 
@@ -127,7 +129,7 @@ def two_processes(workdir, cache, **config):
 
 @pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_does(tmp_path, parallel):
-    settings = {"epochs": 1, "optimizer__learning_rate": 0.01, "eval_batch_size": 200}
+    settings = {"epochs": 1, "optimizer__learning_rate": RATE, "eval_batch_size": 200}
     one = TrainerProcess(
         tmp_path / "one", tmp_path / "cache", environment={"JAX_NUM_CPU_DEVICES": "4"}, **settings
     )
@@ -139,7 +141,8 @@ def test_two_processes_train_as_one_does(tmp_path, parallel):
         load_weights(tmp_path / name / "model.safetensors")[0] for name in ("one", "two")
     )
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        scale = max(1.0, float(np.abs(a).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
     assert figures(tmp_path / "two")[-1]["test_loss"] == pytest.approx(
         figures(tmp_path / "one")[-1]["test_loss"], abs=1e-5
     )

@@ -1,7 +1,8 @@
 """What of the method matters: ResNet-18 of width 16 on CIFAR-10, everything else the original recipe.
 
 These comparisons have not been published. At this width only the last stage has more than 64 channels, so
-that groupings are compared in blocks of 16.
+that groupings are compared in blocks of 16. What a step costs is not told here: these runs share their
+machine with others, see `docs/performance.md`.
 """
 
 import statistics
@@ -127,11 +128,10 @@ def _tell(results: Results, draw: Any, *, name: str, title: str) -> list[str]:
             mean_range(found[n], "{:.2f}"),
             "" if base is None else f"{statistics.fmean(found[n]) - base:+.2f}",
             str(len(found[n])),
-            f"{statistics.median(r['epochs'][-1]['step_seconds'] for r in results[n] if r['epochs']):.3f}",
         ]
         for n in order
     ]
-    heads = ["", "", "test accuracy", "against `full`", "n", "seconds a step"]
+    heads = ["", "", "test accuracy", "against `full`", "n"]
     return [draw.dots(name, dots, title=title, what="test accuracy, %"), "", *table(heads, rows)]
 
 
