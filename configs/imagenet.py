@@ -24,7 +24,11 @@ def get_config(arg: str = "resnet50,deconv") -> configs.Config:
     A network goes by its name with `_imagenet` or without.
     """
     config = configs.default()
-    network, norm, recipe = (*arg.split(","), "original")[:3]
+    network, norm, recipe, *more = (*arg.split(","), *("", "original")[arg.count(",") :])
+    if more or recipe not in RECIPES:
+        raise ValueError(
+            f"`:network,norm` may be followed by a comma and one of {RECIPES}, got {arg!r}."
+        )
     config.dataset = "imagenet2012"
     config.network, config.norm = configs.network_and_norm(f"{network},{norm}", NORMS)
     if f"{network}_imagenet" in list_models():
@@ -36,8 +40,6 @@ def get_config(arg: str = "resnet50,deconv") -> configs.Config:
     config.checkpoint.every_steps = 1000
     if recipe == "modern":
         _modern(config)
-    elif recipe != "original":
-        raise ValueError(f"`:network,norm,recipe` must end in one of {RECIPES}, got {arg!r}.")
     return config
 
 

@@ -50,7 +50,7 @@ def test_imagenet_has_a_modern_recipe():
         modern.batch_size / original.batch_size
     )
     assert configs.load(source("imagenet", "vgg11,batch"), {}).optimizer.learning_rate == 0.01
-    with pytest.raises(ValueError, match="must end in one of"):
+    with pytest.raises(ValueError, match="may be followed by a comma and one of"):
         configs.load(source("imagenet", "resnet50,deconv,old"), {})
 
 
@@ -92,6 +92,10 @@ def test_whitening_settings_reach_the_layers():
         ({"optimizer.learning_rate": 0}, "`optimizer.learning_rate` must be a number above 0"),
         ({"optimizer.momentum": 1.0}, r"`optimizer.momentum` must be a number in \[0, 1\)"),
         ({"optimizer.milestones": (0.7, 0.5)}, "`optimizer.milestones` must be increasing shares"),
+        (
+            {"augment.image_size": 320},
+            "`augment.eval_resize` must be at least `augment.image_size`=320, got 256",
+        ),
         ({"log.every_steps": 0}, "`log.every_steps` must be an int of at least 1, got 0"),
     ],
 )
@@ -106,11 +110,27 @@ def test_a_bad_value_is_answered_by_its_name_and_what_would_be_right(changes, me
         ("configs/none.py:cnn,deconv", "`--config` must name a Python file, got 'configs/none.py'"),
         (source("digits", "cnn,layer"), "`:network,norm` must be .*, got 'cnn,layer'"),
         (source("cifar10", ",deconv"), "`:network,norm` must be .*, got ',deconv'"),
+        (source("imagenet", "resnet50"), "`:network,norm` must be .*, got 'resnet50,'"),
+        (source("imagenet", "a,deconv,new"), "may be followed by .*, got 'a,deconv,new'"),
+        (source("imagenet", "a,deconv,modern,x"), "may be followed by .*, got 'a,deconv,modern,x'"),
     ],
 )
 def test_a_bad_source_is_named(where, message):
     with pytest.raises(ValueError, match=message):
         configs.load(where, {})
+
+
+def test_a_typo_in_a_config_file_is_answered_in_a_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from train import config\n"
+        "def get_config(arg):\n"
+        "    c = config.default()\n"
+        "    c.optimzer.learning_rate = 0.1\n"
+        "    return c\n"
+    )
+    with pytest.raises(ValueError, match=r"`--config` .*mine\.py is no config: .*optimzer"):
+        configs.load(f"{file}:cnn,deconv", {})
 
 
 def test_seeds_are_ints_that_fit():

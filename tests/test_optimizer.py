@@ -94,9 +94,18 @@ def test_multistep_decays_at_its_milestones():
     np.testing.assert_allclose(got, [0.1] * 10 + [0.01] * 5 + [0.001] * 5, rtol=1e-6)
 
 
+def test_milestones_are_shares_of_the_run_with_its_warm_up():
+    got = rates(schedule="multistep", milestones=(0.5, 0.75), decay=0.1, warmup_epochs=1.0)
+    np.testing.assert_allclose(got[5:], [0.1] * 5 + [0.01] * 5 + [0.001] * 5, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"schedule": "multistep", "milestones": (0.4,), "warmup_epochs": 1.0},
+            r"`optimizer.milestones` must come after the warm-up of 5 steps, of 10, got \(0.4,\)",
+        ),
         ({"name": "lion"}, "`optimizer.name` must be one of .*, got 'lion'"),
         ({"schedule": "step"}, "`optimizer.schedule` must be one of .*, got 'step'"),
         ({"warmup_epochs": 2.0}, "`optimizer.warmup_epochs` must be shorter than the run of 10"),

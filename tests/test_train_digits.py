@@ -1,5 +1,6 @@
 """The trainer on the digits: it learns, it repeats itself, and it leaves what it measured."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from trainer_process import interruptible
 
-from train import augment, compare, data, loop
+from train import augment, compare, data, loop, main
 from train import config as configs
 
 ROOT = Path(__file__).parents[1]
@@ -187,6 +188,42 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_run(digits, 
     assert comparison.epochs == 0
 
 
+def test_the_layers_are_those_that_the_first_bad_step_left_not_finite(digits, monkeypatch):
+    trainer = trainer_of(small("deconv"), digits)
+    init = trainer.init
+
+    def huge_at_the_end(seed):
+        state = init(seed)
+        kernel = state.params["conv3"]["kernel"]
+        params = state.params | {"conv3": state.params["conv3"] | {"kernel": kernel * 1e25}}
+        return dataclasses.replace(state, params=params)
+
+    monkeypatch.setattr(trainer, "init", huge_at_the_end)
+    with pytest.raises(loop.NonFiniteLossError) as caught:
+        list(trainer.run(seed=0))
+    # By the time that it is seen, two steps with parameters that are not numbers have spoilt all of them.
+    assert (caught.value.step, caught.value.layers) == (1, ["conv4"])
+
+
+def test_a_comparison_keeps_what_follows_the_norm():
+    assert main._with_norm("c.py:net,deconv,modern", "batch") == "c.py:net,batch,modern"
+    assert main._with_norm("c.py:net", "batch") == "c.py:net,batch"
+    assert main._with_norm("c.py:net,deconv", "none") == "c.py:net,none"
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(tmp_path):
+    code = "import sys; from absl import app; from train import loop, main; "
+    code += "loop.Trainer.step = lambda self, *_: [].index('a mistake'); "
+    code += "app.run(main.main, flags_parser=main.parse_flags)"
+    arguments = [f"--config={SOURCE.format('batch')}", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "'a mistake' is not in list" in done.stderr
+
+
 def test_a_comparison_writes_its_table_its_figures_and_its_picture(trainers, tmp_path):
     comparison = compare.Comparison(trainers, [0, 1])
     lines = list(compare.train(comparison, tmp_path))
@@ -210,7 +247,8 @@ def test_a_comparison_writes_its_table_its_figures_and_its_picture(trainers, tmp
     assert str(tmp_path / "curves.png") in table
 
 
-def test_ctrl_c_leaves_the_table_the_figures_and_the_picture(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_table_the_figures_and_the_picture(tmp_path, number):
     arguments = [f"--config={SOURCE.format('deconv')}", f"--workdir={tmp_path}"]
     arguments += ["--compare=batch,deconv", "--seeds=0,1", *overrides(epochs=100000)]
     with subprocess.Popen(
@@ -224,9 +262,9 @@ def test_ctrl_c_leaves_the_table_the_figures_and_the_picture(tmp_path):
         for line in process.stdout:
             if line.split()[:2] == ["epoch", "2/100000"]:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Interrupted" in errors
     assert "Traceback" not in errors
     figures = json.loads((tmp_path / "comparison.json").read_text())

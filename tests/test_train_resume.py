@@ -1,10 +1,12 @@
 """A run is never lost: real processes, killed, stopped, and given broken disks."""
 
+import json
 import random
 import resource
 import shutil
 import signal
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,7 +168,10 @@ def test_a_disk_that_takes_no_more_does_not_stop_the_training(whole, cache, tmp_
     assert "WARNING: the checkpoint of step 7 could not be written" in err
     assert "Traceback" not in err
     assert checkpoints(tmp_path) == []
-    assert status == 0, err
+    assert status == 1
+    assert err.endswith(
+        "train: model.safetensors and report.html could not be written; the same command tries again.\n"
+    )
     assert figures(tmp_path) == figures(whole)
     # With room again, the run is done anew from the start: there is no half of a checkpoint to trip over.
     TrainerProcess(tmp_path, cache, log__every_steps=10**6).succeed()
@@ -189,5 +194,30 @@ def test_a_diverging_run_names_the_step_and_the_layers_and_keeps_the_last_good_c
     run = TrainerProcess(tmp_path, cache, optimizer__learning_rate=1e10, checkpoint__every_steps=1)
     status, _, err = run.finish()
     assert status == 1
-    assert "at step " in err
-    assert (tmp_path / "nonfinite.json").is_file()
+    told = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert f"at step {told['step']}." in err
+    assert told["layers"] or "Not finite are" not in err
+    assert all(step < told["step"] for step in checkpoints(tmp_path))
+
+
+def test_other_data_on_the_same_workdir_is_refused_and_the_difference_shown(cache, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("large", 200), ("small", 100)):
+        arrays: Any = {}
+        for part in ("train", "test"):
+            arrays[f"x_{part}"] = rng.integers(0, 255, (size, 28, 28), np.uint8)
+            arrays[f"y_{part}"] = rng.integers(0, 10, size)
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    settings = {"dataset": "mnist", "epochs": 1, "batch_size": 50, "eval_batch_size": 50}
+    run = tmp_path / "run"
+    TrainerProcess(run, cache, data_dir=tmp_path / "large.npz", **settings).succeed()
+    before = weights(run)
+    moved = (tmp_path / "large.npz").rename(tmp_path / "moved.npz")
+    TrainerProcess(run, cache, data_dir=moved, **settings).succeed()
+    status, _, err = TrainerProcess(
+        run, cache, data_dir=tmp_path / "small.npz", **settings
+    ).finish()
+    assert status == 2
+    assert "test_size: was 200, is now 100; train_size: was 200, is now 100" in err
+    assert err.count("\n") == 1
+    assert weights(run) == before

@@ -39,8 +39,25 @@ def _without_echoes(then: Any) -> Any:
 sys.unraisablehook = _without_echoes(sys.unraisablehook)
 
 
+class _Best(policies.PreservationPolicy):
+    """Keeps the newest of the best ones. Orbax' own would know no accuracy of a run that is resumed."""
+
+    def __init__(self, accuracies: dict[int, float]):
+        self._accuracies = accuracies
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        del context
+        known = [c.step for c in checkpoints if c.step in self._accuracies]
+        best = max(known, key=lambda step: (self._accuracies[step], step), default=None)
+        return [c.step == best for c in checkpoints]
+
+
 class DamagedError(Exception):
     """No checkpoint of a run can be read."""
+
+
+class OtherRunError(Exception):
+    """The checkpoints are of another program, or of a run on other data."""
 
 
 class Checkpoints:
@@ -56,18 +73,16 @@ class Checkpoints:
         self._folder, self._warn = folder.absolute(), warn
         self._aside = self._folder.parent / "damaged"
         self._newest = 0
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["test_accuracy"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self._accuracies: dict[int, float] = {}
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._accuracies)])
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept, cleanup_tmp_directories=True
             ),
         )
+        for step in self.steps():
+            self._accuracies |= self._recorded(step)
 
     def steps(self) -> list[int]:
         """Return the steps that there are checkpoints of, the newest last."""
@@ -77,19 +92,27 @@ class Checkpoints:
         """Begin to write a checkpoint; a failure is a warning, and the run goes on.
 
         Args:
-          step: nothing happens if there is a checkpoint of it.
+          step: if there is a checkpoint of it nothing happens, unless `test_accuracy` is new: that of a run
+            which was stopped in an evaluation takes the place of the one without.
           state: a tree of NumPy arrays, not changed afterwards.
           meta: what JSON can hold.
           test_accuracy: by which the best one is told; without, it is never the best.
         """
-        if step in self._manager.all_steps():
-            return
         self.wait()
-        metrics = None if test_accuracy is None else {"test_accuracy": test_accuracy}
-        meta = meta | {"arrays": _arrays(state), "checksums": _checksums(state)}
+        if step in self._manager.all_steps():
+            if test_accuracy is None or step in self._accuracies:
+                return
+            self._tolerate(lambda: self._manager.delete(step))
+        if test_accuracy is not None:
+            self._accuracies[step] = test_accuracy
+        meta = meta | {
+            "arrays": _arrays(state),
+            "checksums": _checksums(state),
+            "test_accuracy": test_accuracy,
+        }
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._newest = step
-        self._tolerate(lambda: self._manager.save(step, args=args, metrics=metrics, force=True))
+        self._tolerate(lambda: self._manager.save(step, args=args, force=True))
 
     def restore(self, like: Any) -> tuple[Any, Meta] | None:
         """Return state and meta of the newest checkpoint that is whole, None if there are none at all.
@@ -97,7 +120,8 @@ class Checkpoints:
         Args:
           like: the shapes and dtypes of the state.
         Raises:
-          ValueError: the newest one holds other arrays than `like`.
+          OtherRunError: the newest one holds other arrays than `like`.
+          OSError: the disk does not answer, which says nothing of the checkpoints; or MemoryError.
           DamagedError: there are checkpoints, and not one can be read; or all were set aside before: a
             scheduler that tries again must not make the run begin anew, over what the old one left.
         """
@@ -108,25 +132,26 @@ class Checkpoints:
         )
         for step in reversed(steps):
             try:
-                only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-                arrays = self._manager.restore(step, args=only_meta)["meta"]["arrays"]
+                arrays = self._meta(step)["arrays"]
             except Exception as error:  # whatever a broken file makes of its reader
+                _raise_if_of_the_machine(error)
                 self._set_aside(step, _reason(error))
                 continue
             if arrays != _arrays(wanted):
                 differ = sorted({*map(str, arrays)} ^ {*map(str, _arrays(wanted))})
-                raise ValueError(
+                raise OtherRunError(
                     f"The checkpoints in {self._folder} hold other arrays than this program's state, such as "
                     f"{differ[0]}: they were written by another version of it or of a package."
                 )
             try:
                 restored = self._manager.restore(step, args=args)
                 state, meta = restored["state"], restored["meta"]
-                del meta["arrays"]
+                del meta["arrays"], meta["test_accuracy"]
                 if meta.pop("checksums") != _checksums(state):
                     raise ValueError("an array is not what was saved")
                 return state, meta
             except Exception as error:
+                _raise_if_of_the_machine(error)
                 self._set_aside(step, _reason(error))
         if steps or self._aside.is_dir():
             raise DamagedError(
@@ -134,6 +159,18 @@ class Checkpoints:
                 "anew, use another workdir."
             )
         return None
+
+    def _meta(self, step: int) -> Meta:
+        only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=only_meta)["meta"]
+
+    def _recorded(self, step: int) -> dict[int, float]:
+        """The accuracy of a checkpoint by its step, where it can be read and there is one."""
+        try:
+            accuracy = self._meta(step)["test_accuracy"]
+        except Exception:  # `restore` will tell, if it is read at all
+            return {}
+        return {} if accuracy is None else {step: accuracy}
 
     def wait(self) -> None:
         """Wait until everything is on disk; a failure is a warning."""
@@ -169,6 +206,16 @@ class Checkpoints:
         self._manager.reload()
 
 
+def _raise_if_of_the_machine(error: Exception) -> None:
+    """Raise what another try may not meet: good checkpoints must not be set aside for it."""
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise OSError(
+            error.errno, f"The checkpoints cannot be read now: {_reason(error)}"
+        ) from error
+
+
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -190,11 +237,16 @@ def _checksums(tree: Any) -> list[int]:
 
 
 def check_space(workdir: Path, state: Any, keep: int) -> None:
-    """Raise OSError if the disk has no room for the checkpoints that a run keeps, and one in the making."""
+    """Raise OSError if the disk has no room for the checkpoints that a run keeps, and one in the making.
+
+    Those that are there already count: a run that has its checkpoints needs room for one.
+    """
     size = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    needed, free = (keep + 2) * size, shutil.disk_usage(workdir).free
+    folder = workdir / "checkpoints"
+    there = sum(1 for path in folder.glob("[0-9]*") if path.name.isdecimal())
+    needed, free = (max(keep + 1 - there, 0) + 1) * size, shutil.disk_usage(workdir).free
     if free < needed:
         raise OSError(
-            f"`workdir` {workdir} has {free / 2**20:.0f} MiB left; the checkpoints of this run need "
-            f"{needed / 2**20:.0f} MiB."
+            f"`workdir` {workdir} has {free / 2**20:.3g} MiB left; the checkpoints of this run need "
+            f"{needed / 2**20:.3g} MiB more."
         )

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -16,7 +17,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       coordinator: `host:port` of process 0, None to find out.
       num_processes, process_id: with a coordinator.
     Raises:
-      ValueError: some of the three are given and some are not, or one is no host:port or out of range.
+      ValueError: some of the three are given and some are not, or one is no host:port or out of range; or a
+        SLURM job has several tasks, and this process is none of them.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -30,9 +32,49 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             raise ValueError(f"`--coordinator` must be host:port, got {coordinator!r}.")
         if not 0 <= process_id < num_processes:
             raise ValueError(f"`--process_id` must be in [0, {num_processes}), got {process_id}.")
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif _slurm_tasks() > 1 or _on_tpu():
-        jax.distributed.initialize()
+        devices = slurm_gpus(os.environ)
+        jax.distributed.initialize(coordinator, num_processes, process_id, devices)
+    elif (tasks := _slurm_tasks()) > 1 or _on_tpu():
+        if tasks > 1 and "SLURM_STEP_NODELIST" not in os.environ:
+            raise ValueError(f"This SLURM job has {tasks} tasks: start the command with `srun`.")
+        jax.distributed.initialize(local_device_ids=slurm_gpus(os.environ))
+
+
+def slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Return which of the GPUs that it sees a SLURM task should use, None where JAX knows better.
+
+    Of itself JAX gives each task one. Here the tasks of a node share what all of them see; what SLURM has
+    bound to a task is that task's.
+
+    Example:
+      >>> slurm = {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_NODEID": "0", "SLURM_LOCALID": "1"}
+      >>> slurm_gpus(slurm | {"SLURM_GPUS_ON_NODE": "8"})
+      [4, 5, 6, 7]
+    """
+    given = environment.get("JAX_LOCAL_DEVICE_IDS")
+    if given or not {"SLURM_STEP_TASKS_PER_NODE", "SLURM_LOCALID"} <= set(environment):
+        return None
+    on_node = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    count = on_node if seen is None else len([name for name in seen.split(",") if name])
+    if not count:
+        return None
+    tasks, task = _tasks_of_node(environment), int(environment["SLURM_LOCALID"])
+    if count < on_node:  # bound to this task
+        tasks, task = 1, 0
+    if count % tasks:
+        return None
+    each = count // tasks
+    return list(range(task * each, (task + 1) * each))
+
+
+def _tasks_of_node(environment: Mapping[str, str]) -> int:
+    """Of `2(x3),1`, three nodes with two tasks and one with one, the entry of this node."""
+    counts: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        tasks, _, nodes = part.removesuffix(")").partition("(x")
+        counts += [int(tasks)] * int(nodes or 1)
+    return counts[int(environment.get("SLURM_NODEID") or 0)]
 
 
 def _slurm_tasks() -> int:

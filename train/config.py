@@ -154,12 +154,13 @@ def load(source: str, changes: Mapping[str, Any]) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        get_config = module.get_config
+        config = module.get_config(*arg)
+        config.lock()
+    except ValueError:  # of a config string that it does not know
+        raise
     except Exception as error:  # whatever the file does
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"`--config` {path} is no config: {reason}") from error
-    config = get_config(*arg)
-    config.lock()
     for name, value in changes.items():
         _change(config, name, value)
     check(config)
@@ -204,6 +205,11 @@ def check(config: Config) -> None:
     if config.batch_size % config.accumulate:
         raise ValueError(
             f"`accumulate` must divide `batch_size`={config.batch_size}, got {config.accumulate}."
+        )
+    if config.augment.eval_resize < config.augment.image_size:
+        raise ValueError(
+            f"`augment.eval_resize` must be at least `augment.image_size`={config.augment.image_size}, got "
+            f"{config.augment.eval_resize}."
         )
     if config.recalibrate and config.parallel == "pmap":
         raise ValueError(f"`recalibrate` must be 0 with `parallel` pmap, got {config.recalibrate}.")

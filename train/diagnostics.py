@@ -57,9 +57,9 @@ def layer_diagnostics(
     Raises:
       ValueError: a layer of `moments` has no whitener of its shape in `batch_stats`.
     """
-    whiteners = {path: leaves.get("whitener") for path, leaves in _layers(batch_stats)}
+    whiteners = {path: leaves.get("whitener") for path, leaves in layers_of(batch_stats)}
     figures, flops = {}, {}
-    for path, leaves in _layers(moments):
+    for path, leaves in layers_of(moments):
         if "cov" not in leaves:
             continue
         cov, count = np.asarray(leaves["cov"], np.float64), np.asarray(leaves["count"], np.float64)
@@ -78,13 +78,9 @@ def layer_diagnostics(
     return figures
 
 
-def nonfinite_layers(batch_stats: Mapping[str, Any]) -> list[str]:
-    """Return the paths of the layers whose running statistics are not all finite."""
-    return [
-        path
-        for path, leaves in _layers(batch_stats)
-        if not all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in leaves.values())
-    ]
+def layer_names(batch_stats: Mapping[str, Any]) -> list[str]:
+    """Return the paths of the layers that have running statistics."""
+    return [path for path, _ in layers_of(batch_stats)]
 
 
 def diagnostic_rows(
@@ -158,11 +154,11 @@ def _condition(values: np.ndarray) -> float | None:
     return float((largest / np.maximum(smallest, 1e-16 * largest)).max())
 
 
-def _layers(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def layers_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each dict that holds arrays, with its path; "" for a lone layer."""
     leaves = {name: leaf for name, leaf in tree.items() if not isinstance(leaf, Mapping)}
     if leaves:
         yield prefix, leaves
     for name, inner in tree.items():
         if isinstance(inner, Mapping):
-            yield from _layers(inner, f"{prefix}/{name}" if prefix else name)
+            yield from layers_of(inner, f"{prefix}/{name}" if prefix else name)

@@ -20,7 +20,7 @@ from netdeconv_jax.interop import recalibrate
 from train import optimizer, parallel, whitening
 from train.config import Config
 from train.data.input import Input
-from train.diagnostics import layer_diagnostics, nonfinite_layers
+from train.diagnostics import layer_diagnostics, layer_names
 from train.output import Output
 from train.step import Steps, TrainState
 from train.stopping import Stopped
@@ -37,7 +37,7 @@ class NonFiniteLossError(Exception):
     Attributes:
       step: the first such step, counted from 1.
       loss: its loss.
-      layers: names of the layers whose running statistics are not finite.
+      layers: names of the layers whose running statistics it left not finite.
     """
 
     def __init__(self, step: int, loss: float, layers: list[str], run: str = ""):
@@ -89,6 +89,7 @@ class Trainer:
         self._steps = Steps(self.model, chain, rate, data, config, self._parallel.axis)
         # Shapes alone: a setting that no layer can take is found here, before anything is compiled.
         self.state_shapes = jax.eval_shape(self._steps.init, _key(0))
+        self._layers = layer_names(self.state_shapes.batch_stats)
 
     def use(self, data: Input) -> None:
         """Go on with other data of the same shape and scale; nothing is compiled anew."""
@@ -146,7 +147,7 @@ class Trainer:
         pending: deque[tuple[int, jax.Array, float]] = deque()
 
         # A run that was stopped in an evaluation has all steps of the epoch behind it, and begins with that.
-        owed = epoch_totals.steps == self.steps_per_epoch
+        owed = restored is not None and restored[1]["owed"]
         while step < self.total_steps or owed:
             if not owed:
                 start = time.perf_counter()
@@ -165,9 +166,11 @@ class Trainer:
             while len(pending) > (0 if saving else IN_FLIGHT):
                 done, figures, waited = pending.popleft()
                 values = self._parallel.host(figures).tolist()
-                row: dict[str, float] = dict(zip(FIGURES, values, strict=True))
+                row: dict[str, float] = dict(zip(FIGURES, values, strict=False))
                 if not (row.pop("finite") and math.isfinite(row["train_loss"])):
-                    raise self._non_finite(done, row["train_loss"], state)
+                    flags = zip(self._layers, values[len(FIGURES) :], strict=True)
+                    layers = [name for name, finite in flags if not finite]
+                    raise NonFiniteLossError(done, row["train_loss"], layers)
                 epoch_totals.add(row, waited)
                 log_totals.add(row, waited)
                 output.step(done, row, waited)
@@ -187,7 +190,11 @@ class Trainer:
                     output.epoch(result)
             if saving:
                 if output.saves:
-                    meta = {"epoch_totals": epoch_totals.saved(), "log_totals": log_totals.saved()}
+                    meta = {
+                        "epoch_totals": epoch_totals.saved(),
+                        "log_totals": log_totals.saved(),
+                        "owed": not rest and result is None,
+                    }
                     output.save(step, self._parallel.host(state), meta, result)
                 epoch_totals.restart_clock()
                 log_totals.restart_clock()
@@ -263,10 +270,6 @@ class Trainer:
             if feed is not last:
                 last, placed = feed, self._parallel.split(feed)
             yield placed
-
-    def _non_finite(self, step: int, loss: float, state: TrainState) -> NonFiniteLossError:
-        layers = nonfinite_layers(self._parallel.host(state.batch_stats))
-        return NonFiniteLossError(step, loss, layers)
 
 
 def create_model(config: Config, num_classes: int, axis_name: str | None) -> Any:

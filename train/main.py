@@ -8,8 +8,9 @@ The same command resumes what is in the workdir. What a run leaves there: train/
 with a table, a picture of the curves and `comparison.json`, and starts anew each time.
 
 Exit status: 0 when all is done; 143 after SIGTERM and 130 after Ctrl-C, with everything on disk: run the
-same command again; 1 for a loss that is not finite and for data that cannot be read; 2 for a mistake in the
-command or its config. Each comes with one line that says what happened.
+same command again; 1 for a loss that is not finite, for data that cannot be read once training has begun, and
+for results that cannot be written; 2 for a mistake in the command, its config or its data. Each comes with
+one line that says what happened.
 """
 
 import logging as std_logging
@@ -18,13 +19,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 from train import cluster, compare, data, loop, stopping
 from train import config as configs
-from train.checkpoints import DamagedError
+from train.checkpoints import DamagedError, OtherRunError
 from train.workdir import Workdir
 
 FLAGS = flags.FLAGS
@@ -57,8 +59,8 @@ def main(argv: list[str]) -> int:
         overrides = configs.overrides(argv[1:])
         seeds = configs.seeds(FLAGS.seeds)
         if FLAGS.compare:
-            source = FLAGS.config.partition(",")[0]
-            chosen = {norm: configs.load(f"{source},{norm}", overrides) for norm in FLAGS.compare}
+            sources = {norm: _with_norm(FLAGS.config, norm) for norm in FLAGS.compare}
+            chosen = {norm: configs.load(each, overrides) for norm, each in sources.items()}
         elif seeds:
             raise ValueError("`--seeds` is for `--compare`; a single run takes `--config.seed`.")
         else:
@@ -78,7 +80,9 @@ def main(argv: list[str]) -> int:
         if output is None:
             return _compare(compare.Comparison(trainers, seeds or [config.seed]), workdir)
         return _train(trainers[config.norm], output, stop)
-    except (ValueError, OSError, DamagedError) as error:  # of data that cannot be read
+    except OtherRunError as error:
+        return _complain(error, 2)
+    except (data.DataError, OSError, DamagedError) as error:  # of what lies on disk
         return _complain(error, 1)
     finally:
         examples.close()
@@ -86,7 +90,7 @@ def main(argv: list[str]) -> int:
 
 def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
     """Run to the end, or to where it has to stop."""
-    workdir.say(f"{trainer.config.network}, {trainer.config.norm}: compiling ...")
+    workdir.say(f"{trainer.config.network}, {trainer.config.norm}, {_devices()}: compiling ...")
     workdir.say(f"Compiled in {trainer.compile():.1f} s.")
     try:
         with stop:
@@ -105,6 +109,9 @@ def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
         return _complain(f"{error}{layers} A lower learning rate may help.", 1)
     finally:
         workdir.close()
+    if workdir.lost:
+        lost = " and ".join(workdir.lost)
+        return _complain(f"{lost} could not be written; the same command tries again.", 1)
     workdir.say(f"Done: {workdir.path / 'report.html'}")
     return 0
 
@@ -112,6 +119,7 @@ def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
 def _compare(comparison: compare.Comparison, workdir: Path) -> int:
     """Train several norms, an epoch of each in turn."""
     status = 0
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         for trainer in comparison.trainers.values():
             seconds = trainer.compile()
@@ -119,14 +127,37 @@ def _compare(comparison: compare.Comparison, workdir: Path) -> int:
             print(f"{name}: compiled in {seconds:.1f} s", flush=True)
         for line in compare.train(comparison, workdir):
             print(line, flush=True)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("\nInterrupted: what was measured until here stays.", file=sys.stderr)
-        status = 130
+        status = 143 if isinstance(interrupt, _Terminated) else 130
     except loop.NonFiniteLossError as error:
         status = _complain(f"{error} A lower learning rate may help.", 1)
     if comparison.epochs:
         print(compare.write(comparison, workdir))
     return status
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a comparison takes as it takes Ctrl-C."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _with_norm(source: str, norm: str) -> str:
+    """Return a config string with another norm; what follows the norm stays."""
+    path, _, arg = source.partition(":")
+    network, *rest = arg.split(",")
+    return f"{path}:{','.join([network, norm, *rest[1:]])}"
+
+
+def _devices() -> str:
+    count, processes = jax.device_count(), jax.process_count()
+    kind = (
+        f"{count} x {jax.devices()[0].device_kind}" if count > 1 else jax.devices()[0].device_kind
+    )
+    return kind + (f" of {processes} processes" if processes > 1 else "")
 
 
 def _workdir(name: str) -> Path:

@@ -27,12 +27,15 @@ class JsonLines:
       path: so are the folders above it, made where they are missing.
       resume_step: None begins anew. Otherwise rows of a larger `step` are dropped, those that a run wrote
         after the checkpoint it now resumes from, and so is a line that a kill cut in half.
+      owed: the evaluation at `resume_step` is still to be done: its row is dropped too.
       active: False in all processes but one: nothing is read or written.
     Raises:
       OSError: the file of a run that is resumed cannot be read. (Going on would replace it.)
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None, *, active: bool = True):
+    def __init__(
+        self, path: Path, resume_step: int | None = None, *, owed: bool = False, active: bool = True
+    ):
         self._path, self._active = path, active
         self._size = 0  # bytes of whole lines in the file
         self._waiting: list[bytes] = []
@@ -41,7 +44,7 @@ class JsonLines:
         self._beginning: bytes | None = b""
         if active:
             if resume_step is not None:
-                kept = [row for row in read_rows(path) if not _after(row, resume_step)]
+                kept = [row for row in read_rows(path) if not _after(row, resume_step, owed)]
                 self._beginning = b"".join(map(_line, kept))
             self._flush()
 
@@ -120,8 +123,11 @@ def replace(path: Path, content: bytes) -> None:
         raise
 
 
-def _after(row: Mapping[str, Any], step: int) -> bool:
-    return isinstance(row.get("step"), (int, float)) and row["step"] > step
+def _after(row: Mapping[str, Any], step: int, owed: bool) -> bool:
+    at = row.get("step")
+    return isinstance(at, (int, float)) and (
+        at > step or (owed and at == step and "test_loss" in row)
+    )
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

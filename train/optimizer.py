@@ -1,7 +1,7 @@
 """From the `optimizer` part of a config to an optax transformation.
 
-A new optimizer is a function of the config and the schedule, in `OPTIMIZERS`; a new schedule is one in
-`SCHEDULES`.
+A new optimizer is a function of the config and the schedule, in `OPTIMIZERS`; a new schedule is one of the
+config, the steps that it has and those of the warm-up before them, in `SCHEDULES`.
 """
 
 from collections.abc import Callable
@@ -55,18 +55,25 @@ def _matrices(params: Any) -> Any:
 OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
 
 
-def _constant(config: Config, steps: int) -> Schedule:
-    del steps
+def _constant(config: Config, steps: int, warmup: int) -> Schedule:
+    del steps, warmup
     return optax.constant_schedule(config.learning_rate)
 
 
-def _cosine(config: Config, steps: int) -> Schedule:
+def _cosine(config: Config, steps: int, warmup: int) -> Schedule:
+    del warmup
     return optax.cosine_decay_schedule(config.learning_rate, steps)
 
 
-def _multistep(config: Config, steps: int) -> Schedule:
-    at = {round(share * steps): config.decay for share in config.milestones}
-    return optax.piecewise_constant_schedule(config.learning_rate, at)
+def _multistep(config: Config, steps: int, warmup: int) -> Schedule:
+    at = [round(share * (steps + warmup)) - warmup for share in config.milestones]
+    if any(step < 1 for step in at):
+        raise ValueError(
+            f"`optimizer.milestones` must come after the warm-up of {warmup} steps, of "
+            f"{steps + warmup}, got {tuple(config.milestones)}."
+        )
+    decays: Any = dict.fromkeys(at, config.decay)
+    return optax.piecewise_constant_schedule(config.learning_rate, decays)
 
 
 SCHEDULES = {"constant": _constant, "cosine": _cosine, "multistep": _multistep}
@@ -89,7 +96,7 @@ def create(
       total_steps: where a schedule ends.
       steps_per_epoch: of which `warmup_epochs` are a linear rise from 0; the schedule takes what is left.
     Raises:
-      ValueError: an unknown name or schedule, or a warm-up as long as the run.
+      ValueError: an unknown name or schedule, a warm-up as long as the run, or milestones within it.
 
     Source: the recipes of the original code.
     """
@@ -104,7 +111,7 @@ def create(
             f"`optimizer.warmup_epochs` must be shorter than the run of {total_steps} steps, got "
             f"{config.warmup_epochs}, {warmup} steps."
         )
-    rate = SCHEDULES[config.schedule](config, total_steps - warmup)
+    rate = SCHEDULES[config.schedule](config, total_steps - warmup, warmup)
     if warmup:
         # The first step's rate is not 0, which would waste it.
         rise = optax.linear_schedule(

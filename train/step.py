@@ -14,6 +14,7 @@ from netdeconv_jax.interop import accumulate
 from netdeconv_jax.interop.batch_norm import laid_over
 from train.config import Config
 from train.data.input import Batch, Input
+from train.diagnostics import layers_of
 
 
 @flax.struct.dataclass
@@ -82,14 +83,17 @@ class Steps:
     def train(
         self, state: TrainState, arrays: Any, feed: Any, *, update_whitener: bool = True
     ) -> tuple[TrainState, jax.Array]:
-        """Return the state after a step, and its figures: loss, accuracy, learning rate, is it finite.
+        """Return the state after a step, and its figures: loss, accuracy, learning rate, is it finite; and
+        whether the statistics of each layer are, in the order of `train.diagnostics.layer_names`.
 
         With `update_whitener=False`, which is static, layers that whiten reuse their running statistics. The
-        last tells of parameters and statistics. The loss does not tell of them: on a CPU the maximum of a
+        fourth tells of parameters and statistics. The loss does not tell of them: on a CPU the maximum of a
         NaN and 0, which a ReLU compiles to, is 0.
         """
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         data_key, noise_key = jax.random.split(key)
+        if self.axis is not None:  # or all devices would drop the same units
+            noise_key = jax.random.fold_in(noise_key, lax.axis_index(self.axis))
         batch = self.data.train_batch(arrays, feed, data_key, state.step)
         grads, batch_stats, loss, accuracy = self._gradients(
             state, batch, noise_key, update_whitener
@@ -102,8 +106,10 @@ class Steps:
         ema = state.ema
         if self.config.ema:
             ema = optax.incremental_update(params, state.ema, 1 - self.config.ema)
-        finite = _all_finite((params, batch_stats)).astype(jnp.float32)
-        figures = jnp.stack([loss, accuracy, jnp.float32(self.rate(state.step)), finite])
+        layers = [_all_finite(leaves) for _, leaves in layers_of(batch_stats)]
+        finite = jnp.stack([_all_finite(params), *layers]).all()
+        figures = [loss, accuracy, self.rate(state.step), finite, *layers]
+        figures = jnp.stack([jnp.asarray(figure, jnp.float32) for figure in figures])
         state = dataclasses.replace(
             state,
             step=state.step + 1,

@@ -9,6 +9,7 @@ model.safetensors     at the end: variables, with the config as metadata
 report.html           at the end: curves and figures, one file
 """
 
+import collections
 import fcntl
 import json
 import sys
@@ -47,6 +48,9 @@ class Workdir(Output):
 
     saves = True
 
+    # What a finished run should have left and did not, by name.
+    lost: tuple[str, ...] = ()
+
     def __init__(self, path: Path, trainer: "Trainer", stop: Stop, started: float | None = None):
         self.path, self._trainer, self._stop = path, trainer, stop
         self._config = trainer.config
@@ -54,6 +58,7 @@ class Workdir(Output):
         self._checkpoints: checkpoints.Checkpoints | None = None
         self._progress: Progress | None = None
         self._notes: list[str] = []
+        self._skipped: collections.Counter[str] = collections.Counter()  # before this session
         self._started: float | None = started
         path.mkdir(parents=True, exist_ok=True)
         checkpoints.check_space(path, trainer.state_shapes, self._config.checkpoint.keep)
@@ -70,9 +75,15 @@ class Workdir(Output):
             self.path / "checkpoints", self._config.checkpoint.keep, self.warn
         )
         restored = self._checkpoints.restore(like)
+        if restored is not None:
+            self._check_data(restored[1]["data"])
+            self._notes = [*restored[1]["notes"], *self._notes]
+            self._skipped = collections.Counter(restored[1]["skipped"])
         step = 0 if restored is None else int(restored[0].step)
-        resume = None if restored is None else step
-        self._log = metrics.JsonLines(self.path / "metrics.jsonl", resume, active=self.active)
+        resume, owed = (None, False) if restored is None else (step, restored[1]["owed"])
+        self._log = metrics.JsonLines(
+            self.path / "metrics.jsonl", resume, owed=owed, active=self.active
+        )
         if self._config.log.diagnostics_every_steps:
             file = self.path / "diagnostics.jsonl"
             self._diagnostics = metrics.JsonLines(file, resume, active=self.active)
@@ -126,7 +137,7 @@ class Workdir(Output):
 
     def epoch(self, row: dict[str, Any]) -> None:
         """See `Output`."""
-        skipped = sum(self._trainer.data.skipped.values())
+        skipped = sum(self._all_skipped().values())
         more = {"wall_seconds": self._wall_seconds()} | (
             {"skipped_images": skipped} if skipped else {}
         )
@@ -137,7 +148,12 @@ class Workdir(Output):
     def save(self, step: int, state: Any, meta: dict[str, Any], row: dict[str, Any] | None) -> None:
         """See `Output`."""
         assert self._checkpoints is not None
-        meta = meta | {"wall_seconds": self._wall_seconds()}
+        meta = meta | {
+            "wall_seconds": self._wall_seconds(),
+            "data": self._data(),
+            "notes": list(self._notes),
+            "skipped": dict(self._all_skipped()),
+        }
         self._checkpoints.save(step, state, meta, None if row is None else row["test_accuracy"])
 
     def _wall_seconds(self) -> float:
@@ -148,7 +164,7 @@ class Workdir(Output):
         """See `Output`."""
         if not self.active:
             return
-        if skipped := self._trainer.data.skipped:
+        if skipped := self._all_skipped():
             self.warn(
                 f"{len(skipped)} images could not be decoded and were passed over {sum(skipped.values())} "
                 f"times: {', '.join(sorted(skipped)[:5])}{' ...' if len(skipped) > 5 else ''}."
@@ -205,7 +221,29 @@ class Workdir(Output):
         try:
             write(self.path / name)
         except OSError as error:
+            self.lost = (*self.lost, name)
             self.warn(f"{name} could not be written ({error.strerror or error}).")
+
+    def _all_skipped(self) -> collections.Counter[str]:
+        """How often each image was passed over since the run began, by this process."""
+        return self._skipped + collections.Counter(self._trainer.data.skipped)
+
+    def _data(self) -> dict[str, Any]:
+        data = self._trainer.data
+        return {
+            "train_size": data.train_size,
+            "test_size": data.test_size,
+            "num_classes": data.num_classes,
+            "image_shape": list(data.image_shape),
+        }
+
+    def _check_data(self, old: dict[str, Any]) -> None:
+        """Refuse other data than the checkpoints' run had; where it lies may change."""
+        if different := configs.differences(old, self._data()):
+            raise checkpoints.OtherRunError(
+                f"`workdir` {self.path} holds a run on other data; use another workdir, or a `data_dir` with "
+                f"that: {'; '.join(different)}"
+            )
 
     def _check_config(self) -> None:
         """Refuse another config than that of the checkpoints which are there."""

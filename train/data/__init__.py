@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from train.data.input import Batch, Input
+from train.data.prepared import DataError
 from train.data.resident import Resident
 from train.data.sources import TABLE, Dataset, Examples, hold_out, load_dataset
 from train.data.streamed import Streamed
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # an .npz is read without what reads configs
 
 __all__ = [
     "Batch",
+    "DataError",
     "Dataset",
     "Examples",
     "Input",
@@ -22,7 +24,8 @@ __all__ = [
     "load_dataset",
 ]
 
-STREAMED = ("imagenet2012",)  # a photo dataset of your own in TFDS is one more
+# A photo dataset of your own in TFDS is one more: its name, and its splits to train on and to evaluate on.
+STREAMED = {"imagenet2012": ("train", "validation")}
 
 
 def create(config: "Config") -> Input:
@@ -36,9 +39,12 @@ def create(config: "Config") -> Input:
         raise ValueError(f"`dataset` must be one of {known}, got {config.dataset!r}.")
     if config.dataset not in STREAMED:
         return Resident(load_dataset(config.dataset, config.data_dir), config)
+    train_split, test_split = STREAMED[config.dataset]
     return Streamed(
         config.dataset,
         config.data_dir,
+        train_split=train_split,
+        test_split=test_split,
         batch_size=config.batch_size,
         eval_batch_size=config.eval_batch_size,
         image_size=config.augment.image_size,

@@ -10,6 +10,10 @@ from typing import Any
 VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
+class DataError(ValueError):
+    """Data that is there and cannot be read."""
+
+
 def root(data_dir: str) -> Path:
     """Return the folder that `data_dir` means: TFDS's default if it is empty, as TFDS resolves it."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
@@ -129,18 +133,18 @@ class Split:
         except Exception as error:
             raise self._unreadable(f"records {indices[0]} to {indices[-1]}", error) from error
 
-    def broken(self, what: str) -> ValueError:
+    def broken(self, what: str) -> DataError:
         """Return the error that says what is wrong with the split, and how to mend it."""
         return broken(self._folder, f"{self._split!r}: {what}")
 
-    def _unreadable(self, which: str, error: Exception) -> ValueError:
+    def _unreadable(self, which: str, error: Exception) -> DataError:
         return self.broken(f"{which} cannot be read ({_line(error)})")
 
 
-def broken(folder: Path, what: str) -> ValueError:
+def broken(folder: Path, what: str) -> DataError:
     """Return the error that says what is wrong with a version's folder and how to mend it."""
     again = command(_name(folder), str(folder.parent.parent))
-    return ValueError(
+    return DataError(
         f"`data_dir`: {folder} is incomplete or damaged: {what}; remove it and run: {again}"
     )
 

@@ -187,7 +187,7 @@ class Streamed(Input):
                 feed["labels"][row], feed["weights"][row] = record["label"], 1
                 return
             self._bad(self._train, index, record)
-        raise ValueError(f"`data_dir`: {self._train} holds no image that can be decoded.")
+        raise prepared.DataError(f"`data_dir`: {self._train} holds no image that can be decoded.")
 
     def _test_row(self, feed: Feed, row: int, position: int) -> None:
         """Fill a row with the example at `position`, if there is one."""
@@ -205,7 +205,7 @@ class Streamed(Input):
         """Raise, or count the image if such images are skipped."""
         name = record.get("file_name", b"").decode(errors="replace") or f"record {index} of {split}"
         if not self._skips:
-            raise ValueError(
+            raise prepared.DataError(
                 f"`data_dir`: image {name!r}, record {index} of {split}, cannot be decoded; "
                 f'`bad_images="skip"` passes over such images and counts them.'
             )
