@@ -142,7 +142,8 @@ class Steps:
         correct = logits.argmax(-1) == batch.labels
         # What weighs 0 may be anything, infinities included.
         counted = batch.weights > 0
-        sums = jnp.stack([jnp.where(counted, x, 0).sum() for x in (losses, correct, counted)])
+        figures = (jnp.where(counted, x, 0) for x in (losses, correct, counted))
+        sums = jnp.stack([x.astype(jnp.float32).sum() for x in figures])
         return sums if self.axis is None else lax.psum(sums, self.axis)
 
     def _gradients(
@@ -184,7 +185,8 @@ class Steps:
 
 
 def example_losses(kind: str, logits: jax.Array, labels: Any, smoothing: float) -> jax.Array:
-    """Return the loss of every example; `kind` is `config.loss`."""
+    """Return the loss of every example, in float32; `kind` is `config.loss`."""
+    logits = logits.astype(jnp.float32)  # a network in half precision answers in half precision
     if kind == "cross_entropy" and not smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
