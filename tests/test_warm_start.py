@@ -255,3 +255,36 @@ def test_what_cannot_be_is_refused_in_words():
     scanned = Stacked("scan")
     with pytest.raises(ValueError, match=r"under `nn\.scan`"):
         warm_start(scanned, trained(scanned), [X])
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
+        return nn.elu(nn.BatchNorm(not train, momentum=0.9, name="norm")(x))
+
+
+JittedPair = nn.jit(Pair, static_argnums=(2,))
+
+
+class Pairs(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        for i in range(3):  # of which `nn.jit` traces two
+            x = JittedPair(name=f"pair{i}")(x, train)
+        return x.mean((1, 2))
+
+
+def test_parts_that_are_jitted_are_converted_and_stay_what_they_are_in_the_model():
+    model = Pairs()
+    variables = trained(model)
+    expected = model.apply(variables, X, train=False)
+    found = warm_start(model, variables, [X], SPEC)
+    check_same(model, variables, found, train=False)
+    assert "whitener" in found[1]["batch_stats"]["pair2"]["conv"]
+    np.testing.assert_array_equal(model.apply(variables, X, train=False), expected)
+    step = [found[0].apply(found[1], X, mutable=["batch_stats"]) for _ in range(2)]
+    jax.clear_caches()
+    step.append(found[0].apply(found[1], X, mutable=["batch_stats"]))
+    for other in step[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, step[0])

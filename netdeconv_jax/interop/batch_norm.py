@@ -16,6 +16,9 @@ from netdeconv_jax.linen.batch_norms import in_trial
 Tree = Any
 Path = tuple[str, ...]  # of a module, or of a leaf
 
+# By which `nn.jit` tells what it traces with outputs cut off from what it traces otherwise.
+_cut_traces = jax.make_user_context(None)
+
 
 def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) -> Tree:
     """Return the `batch_stats` that the whole batch would have given, from those of its microbatches.
@@ -91,9 +94,12 @@ class Met:
 
 
 def momenta(
-    trace: Callable[[], Any], momentum_of: Callable[[nn.Module], Any] = momentum_of
+    run: Callable[[Any], Any], x: Any, momentum_of: Callable[[nn.Module], Any] = momentum_of
 ) -> tuple[Any, Met]:
-    """Return what `trace` returns, and what it met: every Linen module that has a momentum."""
+    """Return the shapes of `run(x)`, and what it met: every Linen module that has a momentum.
+
+    Nothing is jitted meanwhile, so that no trace of another time hides a module; loops are unrolled.
+    """
     met = Met({}, {}, set())
 
     def look(run, args, kwargs, context):
@@ -112,8 +118,8 @@ def momenta(
             left.append(after)
         return result
 
-    with nn.intercept_methods(look):
-        return trace(), met
+    with jax.disable_jit(), nn.intercept_methods(look):
+        return jax.eval_shape(run, x), met
 
 
 def _one_statistic(module: nn.Module) -> Any:
@@ -137,7 +143,7 @@ def shares_left(
             run(*args, **kwargs),
         )
 
-    with nn.intercept_methods(cut):
+    with _cut_traces(True), nn.intercept_methods(cut):
         return jax.jvp(update, (old,), (jax.tree.map(jnp.ones_like, old),))[1]
 
 

@@ -38,6 +38,9 @@ from netdeconv_jax.whitening.same_function import check_no_local_norm, check_sam
 Tree = Any
 Leaves = dict[Path, Any]
 
+# By which `nn.jit` tells what it traces while statistics are measured from what it traces otherwise.
+_traces = jax.make_user_context(None)
+
 
 def warm_start(
     model: nn.Module,
@@ -182,7 +185,7 @@ def _batch_norms(run, x) -> dict[Path, Any]:
             found[tuple(module.path)] = dtype
         return run(*args, **kwargs)
 
-    with nn.intercept_methods(look):
+    with jax.disable_jit(), nn.intercept_methods(look):
         jax.eval_shape(run, x)
     return found
 
@@ -211,7 +214,8 @@ class _Measuring:
     model: Any
 
     def apply(self, variables, *args, **kwargs):
-        with nn.intercept_methods(_measured):
+        rules = getattr(self.model, "rules", None)
+        with _traces(("measured", rules)), nn.intercept_methods(_measured):
             return self.model.apply(variables, *args, **kwargs)
 
 
