@@ -1,4 +1,4 @@
-"""A folded model is the plain network: the same logits, and nothing left of the whitening."""
+"""A folded network of the zoo is the plain one: the same logits, and nothing left of the whitening."""
 
 from typing import Any
 
@@ -11,10 +11,6 @@ from flax import traverse_util
 from jax.extend.core import jaxprs_in_params
 
 from netdeconv_jax import (
-    ChannelDeconv,
-    DeconvConv,
-    DeconvConvTranspose,
-    DeconvDense,
     WhiteningSpec,
     models,
 )
@@ -217,115 +213,3 @@ def test_missing_statistics_and_left_over_parameters_are_refused():
     more = {**variables, "params": {**variables["params"], "extra": {"kernel": jnp.ones(3)}}}
     with pytest.raises(ValueError, match="'extra/kernel' is left over"):
         fold(model, more)
-
-
-# Any Linen module
-
-
-class Net(nn.Module):
-    local_norm: str | None = None
-
-    @nn.compact
-    def __call__(self, x, train):
-        use: Any = {"use_running_average": not train}
-        layer = DeconvConv(
-            8, (3, 3), padding="CIRCULAR", block_size=4, grouping="contiguous", **use
-        )
-        for _ in range(2):  # shared
-            x = nn.relu(layer(jnp.pad(x, [(0, 0)] * 3 + [(0, 8 - x.shape[-1])])))
-        x = DeconvConv(
-            8, (3, 1), 2, feature_group_count=4, use_bias=False, local_norm=self.local_norm, **use
-        )(x)
-        x = nn.BatchNorm(momentum=0.9, **use)(x)
-        x = ChannelDeconv(block_size=4, **use)(nn.Conv(8, (1, 1))(x))
-        x = DeconvConv(
-            8, (3, 3), whiten="channels", kernel_dilation=2, freeze_schedule=(1, 9), **use
-        )(x)
-        x = DeconvConvTranspose(
-            8, (3, 2), (2, 1), transpose_kernel=True, local_norm=self.local_norm, **use
-        )(nn.relu(x))
-        return DeconvDense(5, local_norm=self.local_norm, **use)(x.mean((1, 2)))
-
-
-@pytest.mark.parametrize("local_norm", [None, "layer"])
-def test_any_module_folds_to_one_with_plain_layers(local_norm):
-    model, x = Net(local_norm), 1 + jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
-    variables: Any = model.init(jax.random.key(1), x, False)
-    for _ in range(2):
-        _, updates = model.apply(variables, x, True, mutable=["batch_stats"])
-        variables = {**variables, **updates}
-    plain, folded = fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), train=False)
-    assert isinstance(plain, FoldedModel)
-    hash(plain)
-    assert set(folded["batch_stats"]) == {"BatchNorm_0", "ChannelDeconv_0"}
-    leaves: Any = traverse_util.flatten_dict(folded["params"], sep="/")
-    assert leaves["DeconvConvTranspose_0/bias"].shape == (
-        2,
-        1,
-        8,
-    )  # by the place modulo the strides
-    assert leaves["DeconvConv_1/bias"].shape == (8,)  # there was none: the mean is subtracted there
-    expected: Any = model.apply(variables, x, False)
-    found: Any = jax.jit(plain.apply, static_argnums=2)(folded, x, False)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    ours = list(primitives(jax.make_jaxpr(lambda x: plain.apply(folded, x, False))(x).jaxpr))
-    assert ours.count("conv_general_dilated") == 6
-    assert ours.count("dot_general") == 2  # ChannelDeconv and the dense layer
-
-
-@pytest.mark.parametrize("local_norm", [None, "layer"])
-def test_low_precision_is_rounded_as_in_evaluation(local_norm):
-    layer = DeconvConv(8, (3, 3), dtype=jnp.bfloat16, local_norm=local_norm)
-    x = 30 + jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    variables: Any = layer.init(jax.random.key(1), x, True)
-    _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
-    variables = {**variables, **updates}
-    plain, folded = fold(layer, variables, x, use_running_average=True)
-    expected: Any = layer.apply(variables, x, True)
-    found = plain.apply(folded, x, use_running_average=True)
-    assert found.dtype == expected.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, expected)
-    mask = jnp.ones((4, 1, 8, 1)).at[..., 4:, :].set(0)  # which counts where samples are normalized
-    again = plain.apply(folded, x, use_running_average=True, mask=mask)
-    np.testing.assert_array_equal(again, layer.apply(variables, x, True, mask=mask))
-    assert bool((again != found).any()) == (local_norm is not None)
-
-
-def test_a_module_that_is_none_of_the_zoo_needs_an_input():
-    with pytest.raises(ValueError, match="`x` must be an input of the model"):
-        fold(Net(), {"params": {}})
-    with pytest.raises(ValueError, match="`variables` must be those of the Linen module"):
-        fold(Net())  # pyright: ignore
-
-
-def test_stacked_layers_are_refused():
-    class Body(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return DeconvDense(4, use_running_average=True)(x), None
-
-    stack = nn.scan(
-        Body, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
-    )()
-    x = jnp.ones((2, 4))
-    variables = stack.init(jax.random.key(0), x, None)
-    with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
-        fold(_Call(stack), {c: {"stack": v} for c, v in variables.items()}, x)
-
-
-class _Call(nn.Module):
-    stack: nn.Module
-
-    def __call__(self, x):
-        return self.stack(x, None)[0]
-
-
-class Rectified(DeconvDense):
-    def __call__(self, x, *args, **kwargs):
-        return nn.relu(super().__call__(x, *args, **kwargs))
-
-
-def test_an_heir_with_a_call_of_its_own_is_refused():
-    layer, x = Rectified(4, use_running_average=True), jnp.ones((2, 4))
-    with pytest.raises(ValueError, match=r"overrides DeconvDense.__call__"):
-        fold(layer, layer.init(jax.random.key(0), x), x)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 Tree = Any
 Leaves = dict[Path, Any]
 
+# By which `nn.jit` tells what it traces of a folded model from what it traced of the model as it was.
+_traces = jax.make_user_context(None)
+
 
 @dataclasses.dataclass(frozen=True)
 class FoldedModel:
@@ -70,7 +73,8 @@ class FoldedModel:
     def apply(self, variables: Mapping[str, Tree], *args: Any, **kwargs: Any) -> Any:
         """Return `model.apply(variables, *args, **kwargs)` with plain layers in place of whitened ones."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(nn.intercept_methods(plainly))
+            stack.enter_context(_traces(self.affine_norms))
+            stack.enter_context(nn.intercept_methods(_folded_ones))
             if self.affine_norms:
                 stack.enter_context(nn.intercept_methods(_affinely))
             return self.model.apply(variables, *args, **kwargs)
@@ -153,26 +157,46 @@ def fold(
     for path, layer in layers.items():
         if layer.groups is not None:
             _fold_whitener(path, layer, params, stats)
-    if not zoo:
-        found = FoldedModel(model), _trees(collections | {"params": params, "batch_stats": stats})
-        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
-            flags = {name: flag for name, flag in apply_kwargs.items() if name != "mutable"}
-            run, again = (functools.partial(one.apply, **flags) for one in (model, found[0]))
-            check_same(run, plain, again, found[1], x, after="folding", remedy=TIED)
-        return found
+    new = FoldedModel(model)
+    if zoo:
+        new, params, stats = _network(model, layers, norms, params, stats, x)
+    found = new, _trees(collections | {"params": params, "batch_stats": stats})
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+        flags = {name: flag for name, flag in apply_kwargs.items() if name != "mutable"}
+        run, again = (functools.partial(one.apply, **flags) for one in (model, new))
+        check_same(run, plain, again, found[1], x, after="folding", remedy=TIED)
+    return found
+
+
+def _network(
+    model: Network,
+    layers: Mapping[Path, Layer],
+    norms: Mapping[Path, Norm],
+    params: Leaves,
+    stats: Leaves,
+    x: Any,
+) -> tuple[Network | FoldedModel, Leaves, Leaves]:
+    """The twin without norms if there is one, else the network with affine norms; and its variables."""
     lone = any(norm.behind is None for norm in norms.values())
     lone |= any(layer.local_norm is not None for layer in layers.values())
-    for path, norm in norms.items():
-        if lone:  # its convolutions have no bias that could take up what a norm adds
-            norm = dataclasses.replace(norm, behind=None)
-        fold_batch_norm(path, norm, layers, params, stats)
-    if lone:
-        return FoldedModel(model, affine_norms=True), _trees(
-            collections | {"params": params, "batch_stats": stats}
-        )
-    twin = model.clone(norm="none")
-    _check_all_there(twin, params, stats, x)
-    return twin, _trees(collections | {"params": params, "batch_stats": stats})
+    if not lone:
+        twin, alone, rest = model.clone(norm="none"), dict(params), dict(stats)
+        for path, norm in norms.items():
+            fold_batch_norm(path, norm, layers, alone, rest)
+        if _runs_as(twin, layers, alone, x):
+            left = sorted(path for path in alone if path[:-1] not in layers) + sorted(rest)
+            if left:
+                raise ValueError(
+                    f"`variables` do not fit `model` of {type(model).__name__}: {'/'.join(left[0])!r} is "
+                    "left over."
+                )
+            return twin, alone, rest
+    for (
+        path,
+        norm,
+    ) in norms.items():  # its convolutions may have no bias to take up what a norm adds
+        fold_batch_norm(path, dataclasses.replace(norm, behind=None), layers, params, stats)
+    return FoldedModel(model, affine_norms=True), params, stats
 
 
 def _fold_nnx(model, variables, x, call_kwargs):
@@ -220,16 +244,26 @@ def fold_batch_norm(
     params[(*norm.behind, "kernel")], params[(*norm.behind, "bias")] = kernel, bias
 
 
-def _check_all_there(twin: Network, params: Leaves, stats: Leaves, x: Any) -> None:
-    """Raise unless the twin runs with these parameters and leaves none of them unused."""
+def _runs_as(twin: Network, layers: Mapping[Path, Layer], params: Leaves, x: Any) -> bool:
+    """Whether the twin runs these very layers, all of them plain."""
     tree = {"params": traverse_util.unflatten_dict(params)}
-    layers, norms = dry_run(lambda x: twin.apply(tree, x), params, x, ALL)
-    used = {(*path, leaf) for path in layers for leaf in ("kernel", "bias")}
-    left = sorted(set(params) ^ used) + sorted(stats) + sorted(norms)
-    if left:
-        raise ValueError(
-            f"`variables` do not fit `model.norm='none'` after folding: {'/'.join(left[0])!r} is left over."
-        )
+    try:
+        own, norms = dry_run(lambda x: twin.apply(tree, x), params, x, ALL)
+    except ValueError:  # layers have other names: those that follow from their class
+        return False
+    used = {(*path, "kernel") for path in own}
+    used |= {(*path, "bias") for path, layer in own.items() if layer.use_bias}
+    have = {path for path in params if path[:-1] in layers}
+    return used == have and not norms and all(layer.groups is None for layer in own.values())
+
+
+def _folded_ones(run, args, kwargs, context):
+    """Run the layers that are folded as `plainly`; those that `fold` did not see still whiten."""
+    module = context.module
+    layer = context.method_name == "__call__" and isinstance(module, WHITENED)
+    if layer and module.has_variable("batch_stats", "whitener"):
+        return run(*args, **kwargs)
+    return plainly(run, args, kwargs, context)
 
 
 def plainly(run, args, kwargs, context):
@@ -239,7 +273,8 @@ def plainly(run, args, kwargs, context):
         return run(*args, **kwargs)
     x: Any = first_argument(context.orig_method, args, kwargs)
     kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
-    promoted, *_ = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    # The bias is in the precision of the statistics, and says nothing about that of computation.
+    promoted, *_ = module.promote_dtype(x, kernel, None, dtype=module.dtype)
     kernel = kernel.astype(promoted.dtype)
     geometry: Any = geometry_of(module)
     x = locally_normalized(
@@ -274,13 +309,13 @@ def plainly(run, args, kwargs, context):
 
 
 def _affinely(run, args, kwargs, context):
-    """Run a batch norm as the scale and bias that are left of it, applied in their precision, or nothing."""
+    """Run a batch norm as the scale and bias that are left of it, applied in their precision."""
     module = context.module
     if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
         return run(*args, **kwargs)
+    if module.has_variable("batch_stats", "mean"):  # `fold` did not see it
+        return run(*args, **kwargs)
     x: Any = first_argument(context.orig_method, args, kwargs)
-    if not module.has_variable("params", "scale"):
-        return x
     scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
     shape = (1,) * (x.ndim - 1) + (-1,)
     dtype = module.dtype or jnp.promote_types(x.dtype, scale.dtype)

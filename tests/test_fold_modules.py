@@ -1,0 +1,288 @@
+"""Any Linen module folded: its own `apply` with plain layers, and what cannot be folded."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import traverse_util
+from jax.extend.core import jaxprs_in_params
+
+from netdeconv_jax import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    models,
+)
+from netdeconv_jax.interop import FoldedModel, fold
+
+
+def primitives(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jaxprs_in_params(eqn.params):
+            yield from primitives(inner)
+
+
+def trained(model, x, *args) -> Any:
+    """Variables that no symmetry saves from a wrong index."""
+    variables: Any = model.init(jax.random.key(1), x, *args)
+    rng = np.random.default_rng(0)
+
+    def leaf(path, like):
+        noise = rng.normal(size=like.shape)
+        if path[-1].key == "whitener":
+            return like + jnp.asarray(noise / like.shape[-1], like.dtype)
+        noise = np.abs(noise) + 0.5 if path[-1].key in ("var", "scale") else noise / 2
+        return jnp.asarray(noise, like.dtype)
+
+    return jax.tree.map_with_path(leaf, variables)
+
+
+def close(found, expected, tolerance=1e-5):
+    expected = np.asarray(expected, np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+class Net(nn.Module):
+    local_norm: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train):
+        use: Any = {"use_running_average": not train}
+        layer = DeconvConv(
+            8, (3, 3), padding="CIRCULAR", block_size=4, grouping="contiguous", **use
+        )
+        for _ in range(2):  # shared
+            x = nn.relu(layer(jnp.pad(x, [(0, 0)] * 3 + [(0, 8 - x.shape[-1])])))
+        x = DeconvConv(
+            8, (3, 1), 2, feature_group_count=4, use_bias=False, local_norm=self.local_norm, **use
+        )(x)
+        x = nn.BatchNorm(momentum=0.9, **use)(x)
+        x = ChannelDeconv(block_size=4, **use)(nn.Conv(8, (1, 1))(x))
+        x = DeconvConv(
+            8, (3, 3), whiten="channels", kernel_dilation=2, freeze_schedule=(1, 9), **use
+        )(x)
+        x = DeconvConvTranspose(
+            8, (3, 2), (2, 1), transpose_kernel=True, local_norm=self.local_norm, **use
+        )(nn.relu(x))
+        return DeconvDense(5, local_norm=self.local_norm, **use)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("local_norm", [None, "layer"])
+def test_any_module_folds_to_one_with_plain_layers(local_norm):
+    model, x = Net(local_norm), 1 + jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
+    variables: Any = model.init(jax.random.key(1), x, False)
+    for _ in range(2):
+        _, updates = model.apply(variables, x, True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    plain, folded = fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), train=False)
+    assert isinstance(plain, FoldedModel)
+    hash(plain)
+    assert set(folded["batch_stats"]) == {"BatchNorm_0", "ChannelDeconv_0"}
+    leaves: Any = traverse_util.flatten_dict(folded["params"], sep="/")
+    assert leaves["DeconvConvTranspose_0/bias"].shape == (
+        2,
+        1,
+        8,
+    )  # by the place modulo the strides
+    assert leaves["DeconvConv_1/bias"].shape == (8,)  # there was none: the mean is subtracted there
+    expected: Any = model.apply(variables, x, False)
+    found: Any = jax.jit(plain.apply, static_argnums=2)(folded, x, False)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    ours = list(primitives(jax.make_jaxpr(lambda x: plain.apply(folded, x, False))(x).jaxpr))
+    assert ours.count("conv_general_dilated") == 6
+    assert ours.count("dot_general") == 2  # ChannelDeconv and the dense layer
+
+
+@pytest.mark.parametrize("local_norm", [None, "layer"])
+def test_low_precision_is_rounded_as_in_evaluation(local_norm):
+    layer = DeconvConv(8, (3, 3), dtype=jnp.bfloat16, local_norm=local_norm)
+    x = 30 + jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    variables: Any = layer.init(jax.random.key(1), x, True)
+    _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+    plain, folded = fold(layer, variables, x, use_running_average=True)
+    expected: Any = layer.apply(variables, x, True)
+    found = plain.apply(folded, x, use_running_average=True)
+    assert found.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected)
+    mask = jnp.ones((4, 1, 8, 1)).at[..., 4:, :].set(0)  # which counts where samples are normalized
+    again = plain.apply(folded, x, use_running_average=True, mask=mask)
+    np.testing.assert_array_equal(again, layer.apply(variables, x, True, mask=mask))
+    assert bool((again != found).any()) == (local_norm is not None)
+
+
+def test_a_module_that_is_none_of_the_zoo_needs_an_input():
+    with pytest.raises(ValueError, match="`x` must be an input of the model"):
+        fold(Net(), {"params": {}})
+    with pytest.raises(ValueError, match="`variables` must be those of the Linen module"):
+        fold(Net())  # pyright: ignore
+
+
+def test_stacked_layers_are_refused():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return DeconvDense(4, use_running_average=True)(x), None
+
+    stack = nn.scan(
+        Body, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
+    )()
+    x = jnp.ones((2, 4))
+    variables = stack.init(jax.random.key(0), x, None)
+    with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
+        fold(_Call(stack), {c: {"stack": v} for c, v in variables.items()}, x)
+
+
+class _Call(nn.Module):
+    stack: nn.Module
+
+    def __call__(self, x):
+        return self.stack(x, None)[0]
+
+
+class Rectified(DeconvDense):
+    def __call__(self, x, *args, **kwargs):
+        return nn.relu(super().__call__(x, *args, **kwargs))
+
+
+def test_an_heir_with_a_call_of_its_own_is_refused():
+    layer, x = Rectified(4, use_running_average=True), jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"overrides DeconvDense.__call__"):
+        fold(layer, layer.init(jax.random.key(0), x), x)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.relu(DeconvConv(4, (3, 3), block_size=4, use_running_average=not train)(x))
+
+
+class Jitted(nn.Module):
+    """Blocks that `nn.jit` traces once for two of them."""
+
+    block: Any
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for _ in range(3):
+            x = self.block()(x, train)
+        return x.mean((1, 2))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_parts_that_are_jitted_are_folded_and_stay_what_they_are_in_the_model(before):
+    block = type("Block", (Block,), {})  # traces of its own
+    model = Jitted(nn.jit(block, static_argnums=(2,)))
+    x = jax.random.normal(jax.random.key(0), (4, 6, 6, 4))
+    variables = trained(Jitted(block), x)
+    names = {f"{block.__name__}_{i}": f"Jit{block.__name__}_{i}" for i in range(3)}
+    expected = Jitted(block).apply(variables, x)
+    variables = {c: {names[n]: v for n, v in tree.items()} for c, tree in variables.items()}
+    if before:
+        close(model.apply(variables, x), expected)
+    plain, folded = fold(model, variables, x)
+    assert set(folded) == {"params"}
+    for given in (x, x[:2]):
+        close(plain.apply(folded, given), expected[: len(given)])
+        close(model.apply(variables, given), expected[: len(given)])
+
+
+class Parts(nn.Module):
+    """An encoder and a decoder."""
+
+    def setup(self):
+        self.encoder = DeconvConv(4, (3, 3), use_running_average=True, block_size=4)
+        self.decoder = DeconvConv(3, (3, 3), use_running_average=True, block_size=4)
+
+    def encode(self, x):
+        return self.encoder(x)
+
+    def decode(self, x):
+        return self.decoder(x)
+
+    def __call__(self, x):
+        return self.decode(nn.relu(self.encode(x)))
+
+
+def test_layers_that_the_given_call_does_not_run_still_whiten():
+    model, x = Parts(), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    variables = trained(model, x)
+    plain, folded = fold(model, variables, x, method="encode")
+    assert set(folded["batch_stats"]) == {"decoder"}
+    code = model.apply(variables, x, method="encode")
+    close(plain.apply(folded, x, method="encode"), code)
+    close(plain.apply(folded, code, method="decode"), model.apply(variables, code, method="decode"))
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+class TwoReaders(models.Network):
+    """Two norms, or a norm and a layer, that read one convolution."""
+
+    second: str = "norm"
+
+    @nn.compact
+    def __call__(self, x, train=False, update_whitener=True):
+        units = self.units(x, train, update_whitener)
+        y = units.conv(4, 3, name="conv1")(x)
+        other = (
+            units.norm(name="norm2") if self.second == "norm" else units.conv(4, 3, name="conv2")
+        )
+        y = nn.relu(units.norm(name="norm1")(y)) + jnp.tanh(other(y))
+        return units.classifier(3, name="head")(y.mean((1, 2)))
+
+
+@pytest.mark.parametrize("second", ["norm", "layer"])
+def test_a_norm_that_does_not_read_alone_is_not_folded_into_the_convolution(second):
+    model, x = (
+        TwoReaders(norm="batch", second=second),
+        jax.random.normal(jax.random.key(0), (4, 6, 6, 3)),
+    )
+    variables = trained(model, x)
+    plain, folded = fold(model, variables)
+    assert isinstance(plain, FoldedModel)
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+class Named(models.Network):
+    """Layers that are named after their class, of which the user's may always whiten."""
+
+    own: Any = None
+
+    @nn.compact
+    def __call__(self, x, train=False, update_whitener=True):
+        units = self.units(x, train, update_whitener)
+        x = nn.relu(units.norm()(units.conv(4, 3, use_bias=False)(x)))
+        if self.own:
+            x = self.own(4, (3, 3), use_running_average=not train, name="own")(x)
+            x = units.norm()(units.conv(4, 3, name="last")(x))
+        return units.classifier(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("norm", ["deconv", "batch"])
+@pytest.mark.parametrize("own", [None, DeconvConv])
+def test_a_network_whose_twin_has_other_layers_folds_as_any_module(norm, own):
+    model, x = Named(norm=norm, own=own), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    variables = trained(model, x)
+    plain, folded = fold(model, variables)
+    assert set(folded) == {"params"}
+    assert isinstance(plain, FoldedModel)
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+def test_a_network_of_the_zoo_is_compared_where_there_is_an_input():
+    class Odd(models.Network):
+        @nn.compact
+        def __call__(self, x, train=False, update_whitener=True):
+            units = self.units(x, train, update_whitener)
+            y = units.conv(4, 1, name="conv")(x).mean((1, 2))
+            return y if self.norm != "none" else 2 * y
+
+    model, x = Odd(), jnp.ones((2, 4, 4, 3))
+    variables = trained(model, x)
+    with pytest.raises(ValueError, match="something else after folding"):
+        fold(model, variables, x)
