@@ -286,3 +286,60 @@ def test_a_network_of_the_zoo_is_compared_where_there_is_an_input():
     variables = trained(model, x)
     with pytest.raises(ValueError, match="something else after folding"):
         fold(model, variables, x)
+
+
+HALF = [
+    DeconvConv(4, (3, 3), param_dtype=jnp.bfloat16),
+    DeconvDense(4, param_dtype=jnp.float16),
+    DeconvConvTranspose(4, (3, 3), (2, 2), param_dtype=jnp.bfloat16),
+    DeconvConv(4, (3, 3), param_dtype=jnp.bfloat16, dtype=jnp.float32),
+]
+
+
+@pytest.mark.parametrize("layer", HALF)
+def test_parameters_of_half_precision_cost_no_precision_where_computation_has_more(layer):
+    x = 3 + jax.random.normal(jax.random.key(0), (4, 6, 6, 4))
+    variables = trained(layer, x, True)
+    plain, folded = fold(layer, variables, x, use_running_average=True)
+    for given in (x, x.astype(layer.param_dtype)):
+        expected = layer.apply(variables, given, True)
+        found = plain.apply(folded, given, use_running_average=True)
+        close(found, expected, 1e-5 if given.dtype == jnp.float32 else 2e-2)
+    small = x.astype(layer.param_dtype)
+    plain, folded = fold(layer, variables, small, use_running_average=True)
+    found = plain.apply(folded, small, use_running_average=True)
+    expected = layer.apply(variables, small, True)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("norm", ["deconv", "batch"])
+def test_networks_of_half_parameters_keep_the_precision_of_their_images(norm):
+    model = models.create("lenet", norm, param_dtype=jnp.bfloat16, width=0.25)
+    x = 1 + jax.random.normal(jax.random.key(0), (4, 28, 28, 1))
+    variables = trained(model, x)
+    plain, folded = fold(model, variables)
+    assert plain.norm == "none"
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = DeconvConv(4, (1, 1), use_running_average=True, dtype=jnp.bfloat16, block_size=4)(x)
+        x = nn.Dense(4, dtype=jnp.bfloat16)(nn.BatchNorm(True, dtype=jnp.bfloat16)(x))
+
+        def body(layer, x, _):
+            return layer(x), None
+
+        scan: Any = nn.scan(
+            body, variable_broadcast="params", split_rngs={"params": False}, length=2
+        )
+        return scan(nn.Dense(4, dtype=jnp.bfloat16), x, None)[0]
+
+
+def test_layers_of_lower_precision_answer_a_dry_run_in_it():
+    model, x = Scanned(), jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    variables = trained(model, x)
+    plain, folded = fold(model, variables, x)
+    np.testing.assert_array_equal(plain.apply(folded, x), model.apply(variables, x))
