@@ -10,10 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.extend.core import jaxprs_in_params
 
-from netdeconv_jax import (
-    WhiteningSpec,
-    models,
-)
+from netdeconv_jax import DeconvConv, WhiteningSpec, models
 from netdeconv_jax.interop import FoldedModel, fold
 
 KERNELS_OF_WHITENING = {"cholesky", "eigh", "rsqrt", "sqrt", "while", "scan", "cond"}
@@ -33,11 +30,9 @@ def images(size=32, dtype=jnp.float32):
     return 0.5 + jax.random.normal(jax.random.key(0), (4, size, size, 3), dtype)
 
 
-def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) -> Any:
-    """A narrow network, variables that no symmetry saves from a wrong index, and images."""
-    model = models.create(name, norm, width=width, param_dtype=dtype, **settings)
-    x, rng = images(dtype=dtype), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+def random_variables(model, x) -> Any:
+    """Variables that no symmetry saves from a wrong index."""
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(0)
 
     def leaf(path, like):
         kind, noise = path[-1].key, rng.normal(size=like.shape)
@@ -47,10 +42,16 @@ def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) ->
             return np.eye(like.shape[-1]) + noise / np.sqrt(like.shape[-1])
         return np.abs(noise) + 0.5 if kind in ("var", "scale") else noise / 2
 
-    variables = jax.tree.map_with_path(
+    return jax.tree.map_with_path(
         lambda path, like: jnp.asarray(leaf(path, like), like.dtype), shapes
     )
-    return model, variables, x
+
+
+def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) -> Any:
+    """A narrow network, its variables, and images."""
+    model = models.create(name, norm, width=width, param_dtype=dtype, **settings)
+    x = images(dtype=dtype)
+    return model, random_variables(model, x), x
 
 
 def trained(name, norm, size, layout) -> Any:
@@ -213,3 +214,108 @@ def test_missing_statistics_and_left_over_parameters_are_refused():
     more = {**variables, "params": {**variables["params"], "extra": {"kernel": jnp.ones(3)}}}
     with pytest.raises(ValueError, match="'extra/kernel' is left over"):
         fold(model, more)
+
+
+# Networks that users write
+
+
+def close(found, expected, tolerance=1e-5):
+    expected = np.asarray(expected, np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+class TwoReaders(models.Network):
+    """Two norms, or a norm and a layer, that read one convolution."""
+
+    second: str = "norm"
+
+    @nn.compact
+    def __call__(self, x, train=False, update_whitener=True):
+        units = self.units(x, train, update_whitener)
+        y = units.conv(4, 3, name="conv1")(x)
+        other = (
+            units.norm(name="norm2") if self.second == "norm" else units.conv(4, 3, name="conv2")
+        )
+        y = nn.relu(units.norm(name="norm1")(y)) + jnp.tanh(other(y))
+        return units.classifier(3, name="head")(y.mean((1, 2)))
+
+
+@pytest.mark.parametrize("second", ["norm", "layer"])
+def test_a_norm_that_does_not_read_alone_is_not_folded_into_the_convolution(second):
+    model, x = (
+        TwoReaders(norm="batch", second=second),
+        jax.random.normal(jax.random.key(0), (4, 6, 6, 3)),
+    )
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    assert isinstance(plain, FoldedModel)
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+class Named(models.Network):
+    """Layers that are named after their class, of which the user's may always whiten."""
+
+    own: Any = None
+
+    @nn.compact
+    def __call__(self, x, train=False, update_whitener=True):
+        units = self.units(x, train, update_whitener)
+        x = nn.relu(units.norm()(units.conv(4, 3, use_bias=False)(x)))
+        if self.own:
+            x = self.own(4, (3, 3), use_running_average=not train, name="own")(x)
+            x = units.norm()(units.conv(4, 3, name="last")(x))
+        return units.classifier(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("norm", ["deconv", "batch"])
+@pytest.mark.parametrize("own", [None, DeconvConv])
+def test_a_network_whose_twin_has_other_layers_folds_as_any_module(norm, own):
+    model, x = Named(norm=norm, own=own), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    assert set(folded) == {"params"}
+    assert isinstance(plain, FoldedModel)
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+def test_a_network_of_the_zoo_is_compared_where_there_is_an_input():
+    class Odd(models.Network):
+        @nn.compact
+        def __call__(self, x, train=False, update_whitener=True):
+            units = self.units(x, train, update_whitener)
+            y = units.conv(4, 1, name="conv")(x).mean((1, 2))
+            return y if self.norm != "none" else 2 * y
+
+    model, x = Odd(), jnp.ones((2, 4, 4, 3))
+    variables = random_variables(model, x)
+    with pytest.raises(ValueError, match="something else after folding"):
+        fold(model, variables, x)
+
+
+@pytest.mark.parametrize("norm", ["deconv", "batch"])
+def test_networks_of_half_parameters_keep_the_precision_of_their_images(norm):
+    model = models.create("lenet", norm, param_dtype=jnp.bfloat16, width=0.25)
+    x = 1 + jax.random.normal(jax.random.key(0), (4, 28, 28, 1))
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    assert plain.norm == "none"
+    close(plain.apply(folded, x), model.apply(variables, x))
+
+
+class Standardized(nn.Conv):
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+def test_a_norm_behind_an_heir_that_does_something_else_stays():
+    class Own(models.Network):
+        @nn.compact
+        def __call__(self, x, train=False, update_whitener=True):
+            units = self.units(x, train, update_whitener)
+            x = Standardized(4, (3, 3), use_bias=False, name="conv")(x)
+            return units.norm(name="norm")(x).mean((1, 2))
+
+    model, x = Own(norm="batch"), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    close(plain.apply(folded, x), model.apply(variables, x))

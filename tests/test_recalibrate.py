@@ -296,3 +296,10 @@ def test_blocks_that_are_jitted_are_met_each_time():
     for a, b, c in zip(*map(jax.tree.leaves, (updates, after, trained)), strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a, c, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_that_never_moves_stays_as_it_is():
+    norm = nn.BatchNorm(use_running_average=False, momentum=1.0)
+    variables = norm.init(jax.random.key(0), X)
+    new = recalibrate(norm, variables, PARTS, apply_kwargs={})
+    jax.tree.map(np.testing.assert_array_equal, new, variables)

@@ -253,7 +253,7 @@ def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(ValueError, match="`model` has no convolution to convert"):
         warm_start(dense, trained(dense), [X], apply_kwargs={})
     scanned = Stacked("scan")
-    with pytest.raises(ValueError, match=r"under `nn\.scan`"):
+    with pytest.raises(ValueError, match=r"under `nn\.scan` .* a warm start may `keep` them"):
         warm_start(scanned, trained(scanned), [X])
 
 
@@ -288,3 +288,37 @@ def test_parts_that_are_jitted_are_converted_and_stay_what_they_are_in_the_model
     step.append(found[0].apply(found[1], X, mutable=["batch_stats"]))
     for other in step[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, step[0])
+
+
+class Auxiliary(nn.Module):
+    """A head that only training runs."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.elu(nn.BatchNorm(not train, name="norm")(x))
+        y = nn.Dense(3, name="head")(x.mean((1, 2)))
+        if not train and not self.is_initializing():
+            return y
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv_aux")(x)
+        x = nn.elu(nn.BatchNorm(not train, name="norm_aux")(x))
+        return y, x.mean((1, 2))
+
+
+def test_what_only_training_runs_stays_as_it_is():
+    model = Auxiliary()
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X], SPEC)
+    check_same(model, variables, (converted, new), train=False)
+    (_, aux), _ = converted.apply(new, X, train=True, mutable=["batch_stats"])
+    assert bool(jnp.isfinite(aux).all())
+    report = converted.report(X)
+    assert report.replaced == ("conv",)
+    assert report.dropped == ("norm",)
+    why = {entry.path: entry.why for entry in report.entries}
+    assert (
+        why["conv_aux"] == why["norm_aux"] == "not run in evaluation, where nothing is known of it"
+    )
+    for kind in ("params", "batch_stats"):
+        for name in set(variables[kind]) & {"conv_aux", "norm_aux"}:
+            jax.tree.map(np.testing.assert_array_equal, new[kind][name], variables[kind][name])

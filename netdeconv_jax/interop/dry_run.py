@@ -186,7 +186,7 @@ def _layer(module, path, params, x):
     if (*path, "kernel") not in params:
         raise ValueError(f"`variables` have no kernel of the layer {'/'.join(path)!r}.")
     arrays = [params.get((*path, name)) for name in ("kernel", "bias")]
-    like = [None if leaf is None else jnp.zeros((), leaf.dtype) for leaf in (x, *arrays)]
+    like = [None if leaf is None else jnp.zeros((), jnp.result_type(leaf)) for leaf in (x, *arrays)]
     dtype = module.promote_dtype(*like, dtype=module.dtype)[0].dtype
     kernel = jnp.shape(arrays[0])
     geometry = geometry_of(module)
@@ -196,7 +196,7 @@ def _layer(module, path, params, x):
     if len(kernel) != 2 + (geometry.ndim if geometry else 0):
         raise ValueError(
             f"`variables` hold a kernel of shape {kernel} for {'/'.join(path)!r}, not that of one layer: "
-            "layers under `nn.scan` or `nn.vmap` cannot be folded."
+            "layers under `nn.scan` or `nn.vmap` cannot be folded; a warm start may `keep` them."
         )
     if geometry is None:
         groups = dense_groups(spec, kernel[0]) if spec else None

@@ -1,19 +1,16 @@
 """A trained model as the plain network that it is: every whitener and mean folded into kernel and bias."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta, unfreeze
 from jax import lax
 
-from netdeconv_jax import ops
 from netdeconv_jax.interop.dry_run import (
     ALL,
     WHITENED,
@@ -21,63 +18,19 @@ from netdeconv_jax.interop.dry_run import (
     Norm,
     Path,
     dry_run,
-    geometry_of,
     small_input,
 )
-from netdeconv_jax.linen import DeconvDense, DeconvolvedModel
-from netdeconv_jax.linen.batch_norms import first_argument, in_trial
+from netdeconv_jax.interop.folded_model import FoldedModel
+from netdeconv_jax.linen import DeconvolvedModel
 from netdeconv_jax.models.network import Network
-from netdeconv_jax.whitening.conv import plain_conv, plain_dense
 from netdeconv_jax.whitening.folding import features_axis, folded, merged
-from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.same_function import TIED, check_same
-from netdeconv_jax.whitening.transposed import plain_conv_transpose
 
 if TYPE_CHECKING:
     from flax import nnx
 
 Tree = Any
 Leaves = dict[Path, Any]
-
-# By which `nn.jit` tells what it traces of a folded model from what it traced of the model as it was.
-_traces = jax.make_user_context(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class FoldedModel:
-    """A Linen module whose layers run as the plain ones that `fold` made of them.
-
-    A layer that whitened has a kernel and a bias; that of a `DeconvConvTranspose` is [*strides, features],
-    one bias for each place modulo the strides. One with `local_norm` still normalizes each sample, by itself
-    and so without statistics. Where `affine_norms`, a batch norm is its scale and bias.
-
-    Attributes:
-      model: the module that was folded, or the converted model.
-      affine_norms: whether batch norms were made a scale and a bias, as in some networks of the zoo.
-
-    Source: ours.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from netdeconv_jax import DeconvDense
-      >>> from netdeconv_jax.interop import fold
-      >>> layer, x = DeconvDense(3, use_running_average=True), jnp.ones((4, 2))
-      >>> plain, variables = fold(layer, layer.init(jax.random.key(0), x), x)
-      >>> type(plain).__name__, sorted(variables), plain.apply(variables, x).shape
-      ('FoldedModel', ['params'], (4, 3))
-    """
-
-    model: nn.Module | DeconvolvedModel
-    affine_norms: bool = False
-
-    def apply(self, variables: Mapping[str, Tree], *args: Any, **kwargs: Any) -> Any:
-        """Return `model.apply(variables, *args, **kwargs)` with plain layers in place of whitened ones."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_traces(self.affine_norms))
-            stack.enter_context(nn.intercept_methods(_folded_ones))
-            if self.affine_norms:
-                stack.enter_context(nn.intercept_methods(_affinely))
-            return self.model.apply(variables, *args, **kwargs)
 
 
 @overload
@@ -102,16 +55,18 @@ def fold(
     before them. One with a batch norm that follows no convolution (a pre-activation network or `linear`,
     of `norm="batch"`) has no such twin: the norm cannot pass the ReLU behind it, nor a sum that others read
     too, so that all its norms stay as a scale and a bias per channel, in a `FoldedModel`. Nor has a network
-    whose layers whiten with `local_norm`: what they divide by is each sample's own. Any other Linen module
+    whose layers whiten with `local_norm`, as what they divide by is each sample's own; nor one of yours whose
+    layers have other names under `norm="none"`, as those that follow from a class. Any other Linen module
     comes back as a `FoldedModel`, whose `apply` is that of the module; what it holds besides, batch
-    norms and `ChannelDeconv` too, stays as it is.
+    norms and `ChannelDeconv` too, and what it does not run when called with `apply_kwargs`, stays as it is.
 
     An NNX module comes back as a copy in evaluation mode, in which each layer of `netdeconv_jax.nnx` is a
     plain one, an `nnx.Conv` or `nnx.Linear`. Given `x`, a batch norm that is all that reads the output of one
     convolution or dense layer is folded into it.
 
-    Given `x` as an array, outputs of the two are compared, except for networks of the zoo: a kernel that is
-    also used elsewhere cannot be seen from the layers. Without it, or by its shape, nothing is compared.
+    Given `x` as an array, outputs of the two are compared: a kernel that is also used elsewhere cannot be
+    seen from the layers. Without it, or by its shape, nothing is compared. Of an NNX layer of half precision
+    that has no `dtype`, the kernel becomes float32.
 
     Args:
       model: a network of the zoo, any Linen or NNX module, or what `deconvolve` made of one.
@@ -191,10 +146,7 @@ def _network(
                     "left over."
                 )
             return twin, alone, rest
-    for (
-        path,
-        norm,
-    ) in norms.items():  # its convolutions may have no bias to take up what a norm adds
+    for path, norm in norms.items():  # convolutions may have no bias to take up what a norm adds
         fold_batch_norm(path, dataclasses.replace(norm, behind=None), layers, params, stats)
     return FoldedModel(model, affine_norms=True), params, stats
 
@@ -221,7 +173,7 @@ def _fold_whitener(path: Path, layer: Layer, params: Leaves, stats: Leaves) -> N
         stats.pop((*path, "mean")),
         stats.pop((*path, "whitener")),
         groups=layer.groups,
-        dtype=jnp.dtype(layer.dtype or kernel.dtype),
+        dtype=layer.dtype,
     )
     stats.pop((*path, "step"), None)
 
@@ -255,71 +207,6 @@ def _runs_as(twin: Network, layers: Mapping[Path, Layer], params: Leaves, x: Any
     used |= {(*path, "bias") for path, layer in own.items() if layer.use_bias}
     have = {path for path in params if path[:-1] in layers}
     return used == have and not norms and all(layer.groups is None for layer in own.values())
-
-
-def _folded_ones(run, args, kwargs, context):
-    """Run the layers that are folded as `plainly`; those that `fold` did not see still whiten."""
-    module = context.module
-    layer = context.method_name == "__call__" and isinstance(module, WHITENED)
-    if layer and module.has_variable("batch_stats", "whitener"):
-        return run(*args, **kwargs)
-    return plainly(run, args, kwargs, context)
-
-
-def plainly(run, args, kwargs, context):
-    """Run a layer as the plain one that its folded variables describe."""
-    module = context.module
-    if context.method_name != "__call__" or not isinstance(module, WHITENED) or in_trial():
-        return run(*args, **kwargs)
-    x: Any = first_argument(context.orig_method, args, kwargs)
-    kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
-    # The bias is in the precision of the statistics, and says nothing about that of computation.
-    promoted, *_ = module.promote_dtype(x, kernel, None, dtype=module.dtype)
-    kernel = kernel.astype(promoted.dtype)
-    geometry: Any = geometry_of(module)
-    x = locally_normalized(
-        x,
-        module.resolved_spec().local_norm,
-        ndim=geometry.ndim if geometry else 0,
-        mask=kwargs.get("mask"),
-        dtype=kernel.dtype,
-    )
-    if isinstance(module, DeconvDense):
-        return plain_dense(
-            x, kernel, bias, precision=module.precision, dot_general=module.dot_general
-        )
-    if isinstance(geometry, ops.Transposed):
-        return plain_conv_transpose(
-            x,
-            kernel,
-            bias,
-            geometry=geometry,
-            precision=module.precision,
-            preferred_element_type=module.preferred_element_type,
-        )
-    return plain_conv(
-        x,
-        kernel,
-        bias,
-        geometry=geometry,
-        feature_group_count=module.feature_group_count,
-        precision=module.precision,
-        conv_general_dilated=module.conv_general_dilated,
-    )
-
-
-def _affinely(run, args, kwargs, context):
-    """Run a batch norm as the scale and bias that are left of it, applied in their precision."""
-    module = context.module
-    if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
-        return run(*args, **kwargs)
-    if module.has_variable("batch_stats", "mean"):  # `fold` did not see it
-        return run(*args, **kwargs)
-    x: Any = first_argument(context.orig_method, args, kwargs)
-    scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    dtype = module.dtype or jnp.promote_types(x.dtype, scale.dtype)
-    return (x.astype(scale.dtype) * scale.reshape(shape) + bias.reshape(shape)).astype(dtype)
 
 
 def _leaves(tree: Tree) -> Leaves:

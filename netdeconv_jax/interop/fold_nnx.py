@@ -152,11 +152,11 @@ def fold_nnx(model: Any, x: Any = None, **call_kwargs: Any) -> Any:
 
 def _fold_norm(norm: Any, layer: Any, x: Any) -> None:
     """Fold a batch norm into the plain layer before it, without loss where `x` has more precision."""
-    if isinstance(layer, _Plain):
+    if hasattr(layer, "answers"):
         own = norm.mean.dtype if norm.scale is None else norm.scale.dtype
-        layer.answers = jnp.promote_types(layer.answers, own)
+        layer.answers = jnp.promote_types(layer.answers, own)  # what the norm would answer in
     have = layer.kernel.dtype
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(x) if hasattr(leaf, "dtype")]
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(x) if hasattr(leaf, "dtype")]
     dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
     wide = functools.reduce(jnp.promote_types, dtypes, have)
     fold_norm(norm, layer, dtype=layer.dtype or (None if wide == have else wide))

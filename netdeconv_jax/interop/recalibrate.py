@@ -45,7 +45,7 @@ def recalibrate(
 
     It knows the layers of this package and every module that has a field `momentum` and keeps
     `new = momentum * old + (1 - momentum) * batch` in floats, as `nn.BatchNorm` does. What other modules
-    keep, and every count of steps, stays as it is.
+    keep, and every count of steps, stays as it is; so do statistics of a momentum of 1, which never move.
 
     Args:
       model: a Linen module, or what `deconvolve` makes of one.
@@ -112,8 +112,7 @@ def _own(model, flags, variables, x, rngs):
             moved = share != 1
             rest = (new[path] - share * old[path]) / jnp.where(moved, 1 - share, 1)
             own[path] = jnp.where(moved, rest, old[path])
-        elif path[:-1] in met.momentum:
-            share = met.momentum[path[:-1]]
+        elif (share := met.momentum.get(path[:-1], 1)) != 1:
             own[path] = (new[path] - share * old[path]) / (1 - share)
     return traverse_util.unflatten_dict(own)
 
