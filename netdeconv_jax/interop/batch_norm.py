@@ -94,11 +94,11 @@ class Met:
 
 
 def momenta(
-    run: Callable[[Any], Any], x: Any, momentum_of: Callable[[nn.Module], Any] = momentum_of
+    trace: Callable[[], Any], momentum_of: Callable[[nn.Module], Any] = momentum_of
 ) -> tuple[Any, Met]:
-    """Return the shapes of `run(x)`, and what it met: every Linen module that has a momentum.
+    """Return what `trace` returns, and what it met: every Linen module that has a momentum.
 
-    Nothing is jitted meanwhile, so that no trace of another time hides a module; loops are unrolled.
+    Not those inside of a `jit` whose trace is that of another time.
     """
     met = Met({}, {}, set())
 
@@ -118,8 +118,8 @@ def momenta(
             left.append(after)
         return result
 
-    with jax.disable_jit(), nn.intercept_methods(look):
-        return jax.eval_shape(run, x), met
+    with nn.intercept_methods(look):
+        return trace(), met
 
 
 def _one_statistic(module: nn.Module) -> Any:

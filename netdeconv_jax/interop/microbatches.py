@@ -54,7 +54,7 @@ def accumulate(
       without any. With k = 1 that is what `jax.value_and_grad` gives.
     Raises:
       ValueError: `batches` has no arrays, or their first axes differ; or a batch norm's momentum is not to
-        be found; or there are several microbatches, and
+        be found (its trace was cached by a `jit` inside `loss_fn`); or there are several microbatches, and
         one batch norm is called more than once in a pass, as seen outside of `nn.remat` and the like.
 
     Source: ours; Chan, Golub and LeVeque 1979, for the pooling.
@@ -87,7 +87,7 @@ def accumulate(
         moments = updates.get("moments", {})
         return loss, grads, moments, (without(updates.get("batch_stats", {}), moments), aux)
 
-    shapes, met = momenta(lambda batch: step({}, batch), first)
+    shapes, met = momenta(lambda: jax.eval_shape(lambda batch: step({}, batch), first))
     loss, grads, moments, (others, _) = shapes
     shares = shares_of(others, met, momentum)
     start = jax.tree.map(_zeros_like, (loss, grads, moments))

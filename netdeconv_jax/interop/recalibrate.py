@@ -100,7 +100,9 @@ def _own(model, flags, variables, x, rngs):
         return {path: new for path, new in leaves(updates["batch_stats"]).items() if path in stats}
 
     old = {p: leaf for p, leaf in leaves(start).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    _, met = momenta(update, old, _share)
+    # Without `jit`, whose earlier traces would hide modules; that unrolls loops, here for shapes alone.
+    with jax.disable_jit():
+        _, met = momenta(lambda: jax.eval_shape(update, old), _share)
     new = update(old)
     # Each call is a step. Only what was called again costs a second trace, of which nothing heavy is left.
     again = {path for path, calls in met.updated.items() if len(calls) > 1}
