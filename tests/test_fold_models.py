@@ -1,4 +1,4 @@
-"""A folded model is the plain network: the same logits, and nothing left of the whitening."""
+"""A folded network of the zoo is the plain one: the same logits, and nothing left of the whitening."""
 
 from typing import Any
 
@@ -10,14 +10,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.extend.core import jaxprs_in_params
 
-from netdeconv_jax import (
-    ChannelDeconv,
-    DeconvConv,
-    DeconvConvTranspose,
-    DeconvDense,
-    WhiteningSpec,
-    models,
-)
+from netdeconv_jax import DeconvConv, WhiteningSpec, models
 from netdeconv_jax.interop import FoldedModel, fold
 
 KERNELS_OF_WHITENING = {"cholesky", "eigh", "rsqrt", "sqrt", "while", "scan", "cond"}
@@ -37,11 +30,9 @@ def images(size=32, dtype=jnp.float32):
     return 0.5 + jax.random.normal(jax.random.key(0), (4, size, size, 3), dtype)
 
 
-def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) -> Any:
-    """A narrow network, variables that no symmetry saves from a wrong index, and images."""
-    model = models.create(name, norm, width=width, param_dtype=dtype, **settings)
-    x, rng = images(dtype=dtype), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+def random_variables(model, x) -> Any:
+    """Variables that no symmetry saves from a wrong index."""
+    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(0)
 
     def leaf(path, like):
         kind, noise = path[-1].key, rng.normal(size=like.shape)
@@ -51,10 +42,16 @@ def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) ->
             return np.eye(like.shape[-1]) + noise / np.sqrt(like.shape[-1])
         return np.abs(noise) + 0.5 if kind in ("var", "scale") else noise / 2
 
-    variables = jax.tree.map_with_path(
+    return jax.tree.map_with_path(
         lambda path, like: jnp.asarray(leaf(path, like), like.dtype), shapes
     )
-    return model, variables, x
+
+
+def made_up(name, norm="deconv", width=0.0625, dtype=jnp.float32, **settings) -> Any:
+    """A narrow network, its variables, and images."""
+    model = models.create(name, norm, width=width, param_dtype=dtype, **settings)
+    x = images(dtype=dtype)
+    return model, random_variables(model, x), x
 
 
 def trained(name, norm, size, layout) -> Any:
@@ -219,113 +216,106 @@ def test_missing_statistics_and_left_over_parameters_are_refused():
         fold(model, more)
 
 
-# Any Linen module
+# Networks that users write
 
 
-class Net(nn.Module):
-    local_norm: str | None = None
+def close(found, expected, tolerance=1e-5):
+    expected = np.asarray(expected, np.float32)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+class TwoReaders(models.Network):
+    """Two norms, or a norm and a layer, that read one convolution."""
+
+    second: str = "norm"
 
     @nn.compact
-    def __call__(self, x, train):
-        use: Any = {"use_running_average": not train}
-        layer = DeconvConv(
-            8, (3, 3), padding="CIRCULAR", block_size=4, grouping="contiguous", **use
+    def __call__(self, x, train=False, update_whitener=True):
+        units = self.units(x, train, update_whitener)
+        y = units.conv(4, 3, name="conv1")(x)
+        other = (
+            units.norm(name="norm2") if self.second == "norm" else units.conv(4, 3, name="conv2")
         )
-        for _ in range(2):  # shared
-            x = nn.relu(layer(jnp.pad(x, [(0, 0)] * 3 + [(0, 8 - x.shape[-1])])))
-        x = DeconvConv(
-            8, (3, 1), 2, feature_group_count=4, use_bias=False, local_norm=self.local_norm, **use
-        )(x)
-        x = nn.BatchNorm(momentum=0.9, **use)(x)
-        x = ChannelDeconv(block_size=4, **use)(nn.Conv(8, (1, 1))(x))
-        x = DeconvConv(
-            8, (3, 3), whiten="channels", kernel_dilation=2, freeze_schedule=(1, 9), **use
-        )(x)
-        x = DeconvConvTranspose(
-            8, (3, 2), (2, 1), transpose_kernel=True, local_norm=self.local_norm, **use
-        )(nn.relu(x))
-        return DeconvDense(5, local_norm=self.local_norm, **use)(x.mean((1, 2)))
+        y = nn.relu(units.norm(name="norm1")(y)) + jnp.tanh(other(y))
+        return units.classifier(3, name="head")(y.mean((1, 2)))
 
 
-@pytest.mark.parametrize("local_norm", [None, "layer"])
-def test_any_module_folds_to_one_with_plain_layers(local_norm):
-    model, x = Net(local_norm), 1 + jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
-    variables: Any = model.init(jax.random.key(1), x, False)
-    for _ in range(2):
-        _, updates = model.apply(variables, x, True, mutable=["batch_stats"])
-        variables = {**variables, **updates}
-    plain, folded = fold(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype), train=False)
+@pytest.mark.parametrize("second", ["norm", "layer"])
+def test_a_norm_that_does_not_read_alone_is_not_folded_into_the_convolution(second):
+    model, x = (
+        TwoReaders(norm="batch", second=second),
+        jax.random.normal(jax.random.key(0), (4, 6, 6, 3)),
+    )
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
     assert isinstance(plain, FoldedModel)
-    hash(plain)
-    assert set(folded["batch_stats"]) == {"BatchNorm_0", "ChannelDeconv_0"}
-    leaves: Any = traverse_util.flatten_dict(folded["params"], sep="/")
-    assert leaves["DeconvConvTranspose_0/bias"].shape == (
-        2,
-        1,
-        8,
-    )  # by the place modulo the strides
-    assert leaves["DeconvConv_1/bias"].shape == (8,)  # there was none: the mean is subtracted there
-    expected: Any = model.apply(variables, x, False)
-    found: Any = jax.jit(plain.apply, static_argnums=2)(folded, x, False)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    ours = list(primitives(jax.make_jaxpr(lambda x: plain.apply(folded, x, False))(x).jaxpr))
-    assert ours.count("conv_general_dilated") == 6
-    assert ours.count("dot_general") == 2  # ChannelDeconv and the dense layer
+    close(plain.apply(folded, x), model.apply(variables, x))
 
 
-@pytest.mark.parametrize("local_norm", [None, "layer"])
-def test_low_precision_is_rounded_as_in_evaluation(local_norm):
-    layer = DeconvConv(8, (3, 3), dtype=jnp.bfloat16, local_norm=local_norm)
-    x = 30 + jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    variables: Any = layer.init(jax.random.key(1), x, True)
-    _, updates = layer.apply(variables, x, False, mutable=["batch_stats"])
-    variables = {**variables, **updates}
-    plain, folded = fold(layer, variables, x, use_running_average=True)
-    expected: Any = layer.apply(variables, x, True)
-    found = plain.apply(folded, x, use_running_average=True)
-    assert found.dtype == expected.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, expected)
-    mask = jnp.ones((4, 1, 8, 1)).at[..., 4:, :].set(0)  # which counts where samples are normalized
-    again = plain.apply(folded, x, use_running_average=True, mask=mask)
-    np.testing.assert_array_equal(again, layer.apply(variables, x, True, mask=mask))
-    assert bool((again != found).any()) == (local_norm is not None)
+class Named(models.Network):
+    """Layers that are named after their class, of which the user's may always whiten."""
+
+    own: Any = None
+
+    @nn.compact
+    def __call__(self, x, train=False, update_whitener=True):
+        units = self.units(x, train, update_whitener)
+        x = nn.relu(units.norm()(units.conv(4, 3, use_bias=False)(x)))
+        if self.own:
+            x = self.own(4, (3, 3), use_running_average=not train, name="own")(x)
+            x = units.norm()(units.conv(4, 3, name="last")(x))
+        return units.classifier(3)(x.mean((1, 2)))
 
 
-def test_a_module_that_is_none_of_the_zoo_needs_an_input():
-    with pytest.raises(ValueError, match="`x` must be an input of the model"):
-        fold(Net(), {"params": {}})
-    with pytest.raises(ValueError, match="`variables` must be those of the Linen module"):
-        fold(Net())  # pyright: ignore
+@pytest.mark.parametrize("norm", ["deconv", "batch"])
+@pytest.mark.parametrize("own", [None, DeconvConv])
+def test_a_network_whose_twin_has_other_layers_folds_as_any_module(norm, own):
+    model, x = Named(norm=norm, own=own), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    assert set(folded) == {"params"}
+    assert isinstance(plain, FoldedModel)
+    close(plain.apply(folded, x), model.apply(variables, x))
 
 
-def test_stacked_layers_are_refused():
-    class Body(nn.Module):
+def test_a_network_of_the_zoo_is_compared_where_there_is_an_input():
+    class Odd(models.Network):
         @nn.compact
-        def __call__(self, x, _):
-            return DeconvDense(4, use_running_average=True)(x), None
+        def __call__(self, x, train=False, update_whitener=True):
+            units = self.units(x, train, update_whitener)
+            y = units.conv(4, 1, name="conv")(x).mean((1, 2))
+            return y if self.norm != "none" else 2 * y
 
-    stack = nn.scan(
-        Body, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True}, length=3
-    )()
-    x = jnp.ones((2, 4))
-    variables = stack.init(jax.random.key(0), x, None)
-    with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
-        fold(_Call(stack), {c: {"stack": v} for c, v in variables.items()}, x)
-
-
-class _Call(nn.Module):
-    stack: nn.Module
-
-    def __call__(self, x):
-        return self.stack(x, None)[0]
+    model, x = Odd(), jnp.ones((2, 4, 4, 3))
+    variables = random_variables(model, x)
+    with pytest.raises(ValueError, match="something else after folding"):
+        fold(model, variables, x)
 
 
-class Rectified(DeconvDense):
-    def __call__(self, x, *args, **kwargs):
-        return nn.relu(super().__call__(x, *args, **kwargs))
+@pytest.mark.parametrize("norm", ["deconv", "batch"])
+def test_networks_of_half_parameters_keep_the_precision_of_their_images(norm):
+    model = models.create("lenet", norm, param_dtype=jnp.bfloat16, width=0.25)
+    x = 1 + jax.random.normal(jax.random.key(0), (4, 28, 28, 1))
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    assert plain.norm == "none"
+    close(plain.apply(folded, x), model.apply(variables, x))
 
 
-def test_an_heir_with_a_call_of_its_own_is_refused():
-    layer, x = Rectified(4, use_running_average=True), jnp.ones((2, 4))
-    with pytest.raises(ValueError, match=r"overrides DeconvDense.__call__"):
-        fold(layer, layer.init(jax.random.key(0), x), x)
+class Standardized(nn.Conv):
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+def test_a_norm_behind_an_heir_that_does_something_else_stays():
+    class Own(models.Network):
+        @nn.compact
+        def __call__(self, x, train=False, update_whitener=True):
+            units = self.units(x, train, update_whitener)
+            x = Standardized(4, (3, 3), use_bias=False, name="conv")(x)
+            return units.norm(name="norm")(x).mean((1, 2))
+
+    model, x = Own(norm="batch"), jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    variables = random_variables(model, x)
+    plain, folded = fold(model, variables)
+    close(plain.apply(folded, x), model.apply(variables, x))

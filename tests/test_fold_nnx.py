@@ -223,3 +223,37 @@ def test_stacked_layers_and_norms_are_refused():
 
     with pytest.raises(ValueError, match=r"kernel of shape \(3, 4, 4\) .* cannot be folded"):
         fold(Stacked(nnx.Rngs(0)), x=jnp.ones((8, 4)))
+
+
+class Half(nnx.Module):
+    def __init__(self, rngs):
+        half: Any = {"param_dtype": jnp.bfloat16, "rngs": rngs}
+        self.conv = dnnx.DeconvConv(4, 8, (3, 3), **half)
+        self.plain = nnx.Conv(8, 8, (1, 1), **half)
+        self.norm = nnx.BatchNorm(8, **half)
+        self.up = dnnx.DeconvConvTranspose(8, 8, (3, 3), 2, **half)
+        self.wide = dnnx.DeconvDense(8, 8, dtype=jnp.float32, **half)
+        self.head = dnnx.DeconvDense(8, 5, **half)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.plain(self.conv(x))))
+        return self.head(self.wide(self.up(x)))
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_parameters_of_half_precision_cost_no_precision_where_computation_has_more(seen):
+    net = with_statistics(Half(nnx.Rngs(0)))
+    x = 2 + jax.random.normal(jax.random.key(0), (4, 6, 6, 4))
+    folded = fold(net, x=x if seen else None)
+    net.eval()
+    close(folded(x), net(x))
+    small = x.astype(jnp.bfloat16)
+    expected = net.conv(small)
+    found = folded.conv(small)
+    assert found.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        found.astype(jnp.float32),
+        expected.astype(jnp.float32),
+        rtol=0,
+        atol=0.02 * abs(expected).max(),
+    )

@@ -253,5 +253,72 @@ def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(ValueError, match="`model` has no convolution to convert"):
         warm_start(dense, trained(dense), [X], apply_kwargs={})
     scanned = Stacked("scan")
-    with pytest.raises(ValueError, match=r"under `nn\.scan`"):
+    with pytest.raises(ValueError, match=r"under `nn\.scan` .* a warm start may `keep` them"):
         warm_start(scanned, trained(scanned), [X])
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
+        return nn.elu(nn.BatchNorm(not train, momentum=0.9, name="norm")(x))
+
+
+JittedPair = nn.jit(Pair, static_argnums=(2,))
+
+
+class Pairs(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        for i in range(3):  # of which `nn.jit` traces two
+            x = JittedPair(name=f"pair{i}")(x, train)
+        return x.mean((1, 2))
+
+
+def test_parts_that_are_jitted_are_converted_and_stay_what_they_are_in_the_model():
+    model = Pairs()
+    variables = trained(model)
+    expected = model.apply(variables, X, train=False)
+    found = warm_start(model, variables, [X], SPEC)
+    check_same(model, variables, found, train=False)
+    assert "whitener" in found[1]["batch_stats"]["pair2"]["conv"]
+    np.testing.assert_array_equal(model.apply(variables, X, train=False), expected)
+    step = [found[0].apply(found[1], X, mutable=["batch_stats"]) for _ in range(2)]
+    jax.clear_caches()
+    step.append(found[0].apply(found[1], X, mutable=["batch_stats"]))
+    for other in step[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, step[0])
+
+
+class Auxiliary(nn.Module):
+    """A head that only training runs."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.elu(nn.BatchNorm(not train, name="norm")(x))
+        y = nn.Dense(3, name="head")(x.mean((1, 2)))
+        if not train and not self.is_initializing():
+            return y
+        x = nn.Conv(4, (3, 3), use_bias=False, name="conv_aux")(x)
+        x = nn.elu(nn.BatchNorm(not train, name="norm_aux")(x))
+        return y, x.mean((1, 2))
+
+
+def test_what_only_training_runs_stays_as_it_is():
+    model = Auxiliary()
+    variables = trained(model)
+    converted, new = warm_start(model, variables, [X], SPEC)
+    check_same(model, variables, (converted, new), train=False)
+    (_, aux), _ = converted.apply(new, X, train=True, mutable=["batch_stats"])
+    assert bool(jnp.isfinite(aux).all())
+    report = converted.report(X)
+    assert report.replaced == ("conv",)
+    assert report.dropped == ("norm",)
+    why = {entry.path: entry.why for entry in report.entries}
+    assert (
+        why["conv_aux"] == why["norm_aux"] == "not run in evaluation, where nothing is known of it"
+    )
+    for kind in ("params", "batch_stats"):
+        for name in set(variables[kind]) & {"conv_aux", "norm_aux"}:
+            jax.tree.map(np.testing.assert_array_equal, new[kind][name], variables[kind][name])

@@ -1,7 +1,8 @@
 """A trained model and the world around it: other people's checkpoints, files and training loops."""
 
 from netdeconv_jax.interop.batch_norm import merge_batch_norm
-from netdeconv_jax.interop.fold import FoldedModel, fold
+from netdeconv_jax.interop.fold import fold
+from netdeconv_jax.interop.folded_model import FoldedModel
 from netdeconv_jax.interop.microbatches import accumulate
 from netdeconv_jax.interop.nnx_weights import nnx_update, nnx_variables
 from netdeconv_jax.interop.programs import export_onnx, export_stablehlo

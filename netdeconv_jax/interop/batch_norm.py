@@ -16,6 +16,9 @@ from netdeconv_jax.linen.batch_norms import in_trial
 Tree = Any
 Path = tuple[str, ...]  # of a module, or of a leaf
 
+# By which `nn.jit` tells what it traces with outputs cut off from what it traces otherwise.
+_cut_traces = jax.make_user_context(None)
+
 
 def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) -> Tree:
     """Return the `batch_stats` that the whole batch would have given, from those of its microbatches.
@@ -93,7 +96,10 @@ class Met:
 def momenta(
     trace: Callable[[], Any], momentum_of: Callable[[nn.Module], Any] = momentum_of
 ) -> tuple[Any, Met]:
-    """Return what `trace` returns, and what it met: every Linen module that has a momentum."""
+    """Return what `trace` returns, and what it met: every Linen module that has a momentum.
+
+    Not those inside of a `jit` whose trace is that of another time.
+    """
     met = Met({}, {}, set())
 
     def look(run, args, kwargs, context):
@@ -137,7 +143,7 @@ def shares_left(
             run(*args, **kwargs),
         )
 
-    with nn.intercept_methods(cut):
+    with _cut_traces(True), nn.intercept_methods(cut):
         return jax.jvp(update, (old,), (jax.tree.map(jnp.ones_like, old),))[1]
 
 

@@ -1,5 +1,6 @@
 """Which layers a model runs and how, found in one trace without computing or even tracing any of them."""
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from flax.linen.dtypes import canonicalize_dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 
@@ -35,12 +37,14 @@ class Layer:
     Attributes:
       groups: of the columns of a layer that whitens; of a transposed convolution, its geometry and spec,
         from which those of each phase follow; None for layers that do not whiten.
-      dtype: of computation, None where it follows from the arrays.
+      dtype: of computation, None for that of the kernel.
+      use_bias: whether it adds a bias.
       local_norm: how it normalizes each sample before it whitens, if it does.
     """
 
     groups: Groups | None
     dtype: Any
+    use_bias: bool
     local_norm: str | None = None
 
 
@@ -68,7 +72,8 @@ def dry_run(
     """Return the convolutions and dense layers that `run(x)` calls, and the batch norms, by path.
 
     A layer answers with zeros of the shape that its kernel makes of its input, so that among `ALL` layers `x`
-    need not have the channels or the size that the model was made for.
+    need not have the channels or the size that the model was made for. Heirs of Flax's layers that do
+    something else run.
 
     Args:
       run: applies a Linen module.
@@ -77,34 +82,41 @@ def dry_run(
       kinds: of modules that answer so; others run.
       others: paths of modules of other kinds that are batch norms.
     Raises:
-      ValueError: a layer has other parameters than it would declare, as under `nn.scan` and `nn.vmap`, or is
-        an heir of one of ours that does something else.
+      ValueError: a layer has no kernel, or other parameters than it would declare, as under `nn.scan` and
+        `nn.vmap`, or is an heir of one of ours that does something else.
     """
     layers, norms, made = {}, {}, []
+    readers = (
+        collections.Counter()
+    )  # that the trace does not show, as what they answer comes from nowhere
 
     def answer(run, args, kwargs, context):
         module, path = context.module, tuple(context.module.path)
         if context.method_name != "__call__" or in_trial():
             return run(*args, **kwargs)
+        norm = _is_norm(context, kinds, path in others)
+        if not norm and not (isinstance(module, kinds) and _is_layer(module, path)):
+            return run(*args, **kwargs)
         x = first_argument(context.orig_method, args, kwargs)
-        if _is_norm(context, kinds, path in others):
-            source = next((path for output, path in made if output is x), None)
+        source = next((path for output, path in made if output is x), None)
+        readers[source] += 1
+        if norm:
             if path in norms or getattr(module, "axis", -1) not in (-1, x.ndim - 1):
                 source = None
             norms[path] = Norm(module.epsilon, source)
-            return jnp.zeros(x.shape, x.dtype)
-        if not isinstance(module, kinds) or not isinstance(module, LAYERS):
-            return run(*args, **kwargs)
-        if isinstance(module, WHITENED):
-            _check_ours(module, path)
+            own = [leaf for name, leaf in params.items() if name[:-1] == path]
+            dtype = canonicalize_dtype(x, *own, dtype=getattr(module, "dtype", None))
+            return jnp.zeros(x.shape, dtype)
         layers[path], shape = _layer(module, path, params, x)
-        output = checkpoint_name(jnp.zeros(shape, x.dtype), "/".join(path))
+        dtype = getattr(module, "preferred_element_type", None) or layers[path].dtype
+        output = checkpoint_name(jnp.zeros(shape, dtype), "/".join(path))
         made.append((output, path))
         return output
 
-    with nn.intercept_methods(answer):
+    # Without `jit`, whose traces neither hide layers that others have traced nor keep these zeros.
+    with jax.disable_jit(), nn.intercept_methods(answer):
         jaxpr = jax.make_jaxpr(run)(x)
-    alone = _used_nowhere(jaxpr.jaxpr)
+    alone = {path for path in _used_nowhere(jaxpr.jaxpr) if readers[path] == 1}
     return layers, {
         path: norm if norm.behind in alone else dataclasses.replace(norm, behind=None)
         for path, norm in norms.items()
@@ -152,31 +164,43 @@ def geometry_of(module: nn.Module) -> ops.Window | ops.Transposed | None:
     return None
 
 
-def _check_ours(module: nn.Module, path: Path) -> None:
-    """Raise if the class of a layer that whitens does anything that ours does not."""
-    kind: Any = next(kind for kind in WHITENED if isinstance(module, kind))
+def _is_layer(module: nn.Module, path: Path) -> bool:
+    """Whether a module is one of `LAYERS` and nothing else; an heir of one of ours must be."""
+    kind: Any = next((kind for kind in LAYERS if isinstance(module, kind)), None)
+    if kind is None:
+        return False
     for name in ("__call__", "param"):
-        if inspect.unwrap(getattr(type(module), name)) is not inspect.unwrap(getattr(kind, name)):
-            raise ValueError(
-                f"`model` has a layer {'/'.join(path)!r} that overrides {kind.__name__}.{name}; it cannot be "
-                "folded."
-            )
+        if inspect.unwrap(getattr(type(module), name)) is inspect.unwrap(getattr(kind, name)):
+            continue
+        if kind not in WHITENED:
+            return False
+        raise ValueError(
+            f"`model` has a layer {'/'.join(path)!r} that overrides {kind.__name__}.{name}; it cannot be "
+            "folded."
+        )
+    return True
 
 
 def _layer(module, path, params, x):
     """The record of a layer, and the shape of its output."""
-    kernel = jnp.shape(params[(*path, "kernel")])
+    if (*path, "kernel") not in params:
+        raise ValueError(f"`variables` have no kernel of the layer {'/'.join(path)!r}.")
+    arrays = [params.get((*path, name)) for name in ("kernel", "bias")]
+    like = [None if leaf is None else jnp.zeros((), jnp.result_type(leaf)) for leaf in (x, *arrays)]
+    dtype = module.promote_dtype(*like, dtype=module.dtype)[0].dtype
+    kernel = jnp.shape(arrays[0])
     geometry = geometry_of(module)
     spec: Any = module.resolved_spec() if isinstance(module, WHITENED) else None
     local_norm = spec.local_norm if spec else None
+    layer = functools.partial(Layer, dtype=dtype, use_bias=module.use_bias, local_norm=local_norm)
     if len(kernel) != 2 + (geometry.ndim if geometry else 0):
         raise ValueError(
             f"`variables` hold a kernel of shape {kernel} for {'/'.join(path)!r}, not that of one layer: "
-            "layers under `nn.scan` or `nn.vmap` cannot be folded."
+            "layers under `nn.scan` or `nn.vmap` cannot be folded; a warm start may `keep` them."
         )
     if geometry is None:
         groups = dense_groups(spec, kernel[0]) if spec else None
-        return Layer(groups, module.dtype, local_norm), (*x.shape[:-1], kernel[-1])
+        return layer(groups), (*x.shape[:-1], kernel[-1])
     if isinstance(geometry, ops.Transposed):
         features = kernel[-2 if geometry.transpose_kernel else -1]
         arrays = [
@@ -184,15 +208,13 @@ def _layer(module, path, params, x):
             for shape in (x.shape, kernel, (*geometry.strides, features))
         ]
         convolve = functools.partial(plain_conv_transpose, geometry=geometry)
-        return Layer((geometry, spec), module.dtype, local_norm), jax.eval_shape(
-            convolve, *arrays
-        ).shape
+        return layer((geometry, spec)), jax.eval_shape(convolve, *arrays).shape
     groups, count = None, module.feature_group_count
     if spec:
         groups = conv_groups(spec, kernel[-2] * count, geometry.taps, count)
     batch, spatial = x.shape[: -geometry.ndim - 1], x.shape[-geometry.ndim - 1 : -1]
     out = geometry.out_shape(spatial, geometry.strides)
-    return Layer(groups, module.dtype, local_norm), (*batch, *out, kernel[-1])
+    return layer(groups), (*batch, *out, kernel[-1])
 
 
 def _used_nowhere(jaxpr: Any) -> set[Path]:

@@ -4,6 +4,7 @@ Which batch norm follows which convolution is read from the program that the cop
 its layers leave there say whose output goes where.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -34,31 +35,40 @@ _OURS: tuple[Any, ...] = (
 
 
 class _Plain:
-    """A plain layer that is called as the whitened one in whose place it stands."""
+    """A plain layer that is called as the whitened one in whose place it stands.
+
+    A kernel of half precision is kept in float32 where `dtype` does not say in what to compute; outputs are
+    of the dtype that the whitened layer's would be, which is what `answers` is for.
+    """
 
     geometry: Any = None
     local_norm: str | None = None
+    answers: Any = None  # dtype of the kernel that the whitened layer has
 
-    def _arrays(
+    def __call__(
         self: Any, x: Any = None, *_: Any, inputs: Any = None, mask: Any = None, **__: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> jax.Array:
+        """Run the layer; what says which statistics to take has nothing to say any more."""
         x = jnp.asarray(inputs if x is None else x)
         kernel, bias = self.kernel[...], self.bias[...]
         if not jnp.issubdtype(x.dtype, jnp.inexact):
-            x = x.astype(self.dtype or kernel.dtype)  # images of integers
-        dtype = self.promote_dtype((x, kernel, bias), dtype=self.dtype)[0].dtype
+            x = x.astype(self.dtype or self.answers)  # images of integers
+        dtype, answers = (
+            self.promote_dtype((x, like), dtype=self.dtype)[0].dtype
+            for like in (kernel, jnp.zeros((), self.answers))
+        )
         ndim = 0 if self.geometry is None else self.geometry.ndim
         x = locally_normalized(x, self.local_norm, ndim=ndim, mask=mask, dtype=dtype)
-        return x, kernel.astype(dtype), bias
+        y = self._run(x, kernel.astype(dtype), bias)
+        return y.astype(self.preferred_element_type or answers)
 
 
 class PlainConv(_Plain, nnx.Conv):
     """The `nnx.Conv` that a folded `DeconvConv` is; its bias is added in its own precision."""
 
-    def __call__(self, *args: Any, **kwargs: Any):
-        """Convolve; what says which statistics to take has nothing to say any more."""
+    def _run(self, *arrays: jax.Array) -> jax.Array:
         return plain_conv(
-            *self._arrays(*args, **kwargs),
+            *arrays,
             geometry=self.geometry,
             feature_group_count=self.feature_group_count,
             precision=self.precision,
@@ -70,10 +80,9 @@ class PlainConv(_Plain, nnx.Conv):
 class PlainLinear(_Plain, nnx.Linear):
     """The `nnx.Linear` that a folded `DeconvDense` is; its bias is added in its own precision."""
 
-    def __call__(self, *args: Any, **kwargs: Any):
-        """Multiply; see `PlainConv`."""
+    def _run(self, *arrays: jax.Array) -> jax.Array:
         return plain_dense(
-            *self._arrays(*args, **kwargs),
+            *arrays,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
             dot_general=self.dot_general,
@@ -89,10 +98,9 @@ class PlainConvTranspose(_Plain, nnx.Module):
         self.preferred_element_type = layer.preferred_element_type
         self.kernel, self.bias = nnx.Param(layer.kernel[...]), nnx.Param(jnp.zeros(()))
 
-    def __call__(self, *args: Any, **kwargs: Any):
-        """Convolve; see `PlainConv`."""
+    def _run(self, *arrays: jax.Array) -> jax.Array:
         return plain_conv_transpose(
-            *self._arrays(*args, **kwargs),
+            *arrays,
             geometry=self.geometry,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
@@ -134,12 +142,24 @@ def fold_nnx(model: Any, x: Any = None, **call_kwargs: Any) -> Any:
         _check_single(
             layer, layers[layer].kernel, np.size(getattr(layers[layer], "kernel_size", ()))
         )
-        fold_norm(layers[norm], layers[layer], dtype=layers[layer].dtype)
+        _fold_norm(layers[norm], layers[layer], x)
     copy = nnx.recursive_map(without_norms, copy, graph=True)
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
         old, new = (function_of(one, call_kwargs) for one in (evaluated(model), copy))
         check_same(*old, *new, x, after="folding", remedy=TIED)
     return copy
+
+
+def _fold_norm(norm: Any, layer: Any, x: Any) -> None:
+    """Fold a batch norm into the plain layer before it, without loss where `x` has more precision."""
+    if hasattr(layer, "answers"):
+        own = norm.mean.dtype if norm.scale is None else norm.scale.dtype
+        layer.answers = jnp.promote_types(layer.answers, own)  # what the norm would answer in
+    have = layer.kernel.dtype
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(x) if hasattr(leaf, "dtype")]
+    dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    wide = functools.reduce(jnp.promote_types, dtypes, have)
+    fold_norm(norm, layer, dtype=layer.dtype or (None if wide == have else wide))
 
 
 def _check_ours(path: Path, layer: Any, wrapped: bool) -> None:
@@ -175,7 +195,8 @@ def _plain(path: Path, layer: Any) -> Any:
     )
     spatial = 0 if isinstance(layer, DeconvDense) else layer.geometry.ndim
     _check_single(path, arrays[0], spatial)
-    dtype = jnp.dtype(layer.dtype or arrays[0].dtype)
+    own = arrays[0].dtype
+    dtype = jnp.dtype(layer.dtype or jnp.promote_types(own, jnp.float32))
     shared: Any = {
         "dtype": layer.dtype,
         "param_dtype": layer.param_dtype,
@@ -206,7 +227,7 @@ def _plain(path: Path, layer: Any) -> Any:
             **shared,
         )
         plain.geometry = geometry
-    plain.local_norm = layer.spec.local_norm
+    plain.local_norm, plain.answers = layer.spec.local_norm, own
     plain.kernel, plain.bias = nnx.Param(kernel), nnx.Param(bias)
     return plain
 

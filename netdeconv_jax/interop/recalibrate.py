@@ -45,7 +45,7 @@ def recalibrate(
 
     It knows the layers of this package and every module that has a field `momentum` and keeps
     `new = momentum * old + (1 - momentum) * batch` in floats, as `nn.BatchNorm` does. What other modules
-    keep, and every count of steps, stays as it is.
+    keep, and every count of steps, stays as it is; so do statistics of a momentum of 1, which never move.
 
     Args:
       model: a Linen module, or what `deconvolve` makes of one.
@@ -100,7 +100,10 @@ def _own(model, flags, variables, x, rngs):
         return {path: new for path, new in leaves(updates["batch_stats"]).items() if path in stats}
 
     old = {p: leaf for p, leaf in leaves(start).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    new, met = momenta(lambda: update(old), _share)
+    # Without `jit`, whose earlier traces would hide modules; that unrolls loops, here for shapes alone.
+    with jax.disable_jit():
+        _, met = momenta(lambda: jax.eval_shape(update, old), _share)
+    new = update(old)
     # Each call is a step. Only what was called again costs a second trace, of which nothing heavy is left.
     again = {path for path, calls in met.updated.items() if len(calls) > 1}
     measured = shares_left(update, old) if again else {}
@@ -111,8 +114,7 @@ def _own(model, flags, variables, x, rngs):
             moved = share != 1
             rest = (new[path] - share * old[path]) / jnp.where(moved, 1 - share, 1)
             own[path] = jnp.where(moved, rest, old[path])
-        elif path[:-1] in met.momentum:
-            share = met.momentum[path[:-1]]
+        elif (share := met.momentum.get(path[:-1], 1)) != 1:
             own[path] = (new[path] - share * old[path]) / (1 - share)
     return traverse_util.unflatten_dict(own)
 

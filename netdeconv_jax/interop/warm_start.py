@@ -18,7 +18,8 @@ from flax.core import meta, unfreeze
 
 from netdeconv_jax.interop.batch_norm import leaves
 from netdeconv_jax.interop.dry_run import WHITENED, Layer, Norm, Path, dry_run
-from netdeconv_jax.interop.fold import fold, fold_batch_norm, plainly
+from netdeconv_jax.interop.fold import fold, fold_batch_norm
+from netdeconv_jax.interop.folded_model import plainly
 from netdeconv_jax.interop.recalibrate import recalibrate
 from netdeconv_jax.linen import DeconvolvedModel, deconvolve
 from netdeconv_jax.linen.batch_norms import (
@@ -37,6 +38,9 @@ from netdeconv_jax.whitening.same_function import check_no_local_norm, check_sam
 
 Tree = Any
 Leaves = dict[Path, Any]
+
+# By which `nn.jit` tells what it traces while statistics are measured from what it traces otherwise.
+_traces = jax.make_user_context(None)
 
 
 def warm_start(
@@ -59,7 +63,8 @@ def warm_start(
     Batch norms are folded into the convolutions (and dense layers, if these are converted) before them and
     gone. One that is not all that follows one such layer, as in front of a convolution, or that is shared,
     cannot be folded: it stays a batch norm, and the report of the model says so. So does a transposed
-    convolution with strides: it has one bias, where whitening would need one for each phase.
+    convolution with strides: it has one bias, where whitening would need one for each phase. What only
+    training runs, as an auxiliary head, stays too: nothing is known of what it sees.
 
     Args:
       model: a Linen module, or a network of the zoo of `norm="batch"`.
@@ -137,12 +142,16 @@ def _converted(
     """The converted model, its layers, and variables with norms folded where that can be."""
     converted = deconvolve(model, spec, dense=dense, keep=keep, axis_name=axis_name)
 
+    params, stats = (leaves(variables.get(name, {})) for name in ("params", "batch_stats"))
+    found, ran = _batch_norms(lambda x: model.apply(variables, x, rngs=rngs, **flags), x)
+    unseen = frozenset({path[:-1] for path in (*params, *stats)} - ran)
+
     def leaving(norms: Iterable[Path]) -> DeconvolvedModel:
-        warm = dataclasses.replace(converted.rules, unfolded=frozenset(norms), warm=True)
+        warm = dataclasses.replace(
+            converted.rules, unfolded=frozenset(norms), unseen=unseen, warm=True
+        )
         return dataclasses.replace(converted, rules=warm)
 
-    params, stats = (leaves(variables.get(name, {})) for name in ("params", "batch_stats"))
-    found = _batch_norms(lambda x: model.apply(variables, x, rngs=rngs, **flags), x)
     layers, norms = dry_run(
         lambda x: leaving(found).apply(variables, x, rngs=rngs, **flags),
         params,
@@ -169,12 +178,17 @@ def _converted(
     return leaving(left), layers, {**variables, **_trees(params, stats)}
 
 
-def _batch_norms(run, x) -> dict[Path, Any]:
-    """The batch norms that `run(x)` calls, and the dtype of the scalar in their place where there is one."""
-    found = {}
+def _batch_norms(run, x) -> tuple[dict[Path, Any], set[Path]]:
+    """The batch norms that `run(x)` calls, with the dtype of the scalar in their place where there is one.
+
+    And the paths of all modules that it calls.
+    """
+    found, ran = {}, set()
 
     def look(run, args, kwargs, context):
         module = context.module
+        if context.method_name == "__call__" and not in_trial():
+            ran.add(tuple(module.path))
         if is_batch_norm(context, args, kwargs):
             x: Any = first_argument(context.orig_method, args, kwargs)
             scalar = starts_at_zero(module, x.shape[-1])
@@ -182,9 +196,9 @@ def _batch_norms(run, x) -> dict[Path, Any]:
             found[tuple(module.path)] = dtype
         return run(*args, **kwargs)
 
-    with nn.intercept_methods(look):
+    with jax.disable_jit(), nn.intercept_methods(look):
         jax.eval_shape(run, x)
-    return found
+    return found, ran
 
 
 def _folds(
@@ -211,7 +225,8 @@ class _Measuring:
     model: Any
 
     def apply(self, variables, *args, **kwargs):
-        with nn.intercept_methods(_measured):
+        rules = getattr(self.model, "rules", None)
+        with _traces(("measured", rules)), nn.intercept_methods(_measured):
             return self.model.apply(variables, *args, **kwargs)
 
 

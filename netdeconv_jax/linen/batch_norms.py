@@ -74,7 +74,7 @@ def _why_other(module: nn.Module, context: Any, args: Any, kwargs: Any) -> str |
         )
 
     try:
-        with trial(), nn.intercept_methods(look):
+        with trial(), jax.disable_jit(), nn.intercept_methods(look):
             output, variables = jax.eval_shape(run)
     except Exception:  # whatever its own code raises, it is not run again here
         return ""

@@ -18,6 +18,7 @@ DENSE_BLOCK = 512  # of `DeconvDense`, whatever the blocks of the convolutions
 
 REPLACED, DROPPED, KEPT = "replaced", "dropped", "kept"
 UNFOLDED = "cannot be folded: not all that follows one whitening layer"
+UNSEEN = "not run in evaluation, where nothing is known of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Rules:
       use_running_average: of every layer that whitens; None to follow the model's mode.
       axis_name: mapped axis over which statistics are pooled.
       unfolded: paths of batch norms that a warm start had to leave.
+      unseen: paths of modules that a warm start did not see run.
       warm: whether what is learnt must stay as it is, as in a warm start.
     """
 
@@ -112,6 +114,7 @@ class Rules:
     use_running_average: bool | None = None
     axis_name: Any = None
     unfolded: frozenset[Path] = frozenset()
+    unseen: frozenset[Path] = frozenset()
     warm: bool = False
 
     def wants_dense(self, path: Path, in_features: int, features: int) -> bool:
@@ -128,6 +131,8 @@ class Rules:
             return "named in `keep`"
         if path in self.unfolded:
             return UNFOLDED
+        if path in self.unseen:
+            return UNSEEN
         return None
 
     def why_strided(self, strides: int | Sequence[int] | None) -> str | None:

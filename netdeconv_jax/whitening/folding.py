@@ -29,13 +29,14 @@ def folded(
     groups: Groups,
     dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return kernel and bias of the plain layer that whitening and this one are, in the dtype of `kernel`.
+    """Return kernel and bias of the plain layer that whitening and this one are.
 
-    The kernel is rounded to `dtype`, in which the layer computes, before the bias is formed. Of a transposed
-    convolution the bias is [*strides, features].
+    The kernel is rounded to `dtype`, in which the layer computes, before the bias is formed; it is in the
+    wider of `dtype` and its own, the bias in the dtype of the statistics. Of a transposed convolution the
+    bias is [*strides, features].
     """
     plain, shift = _folded(kernel, bias, mean, whitener, groups, dtype)
-    return plain.astype(kernel.dtype), shift.astype(kernel.dtype)
+    return plain.astype(jnp.promote_types(kernel.dtype, plain.dtype)), shift
 
 
 def _folded(kernel, bias, mean, whitener, groups, dtype=None):
@@ -77,16 +78,16 @@ def merged(
     """Return kernel and bias of a layer with the norm behind it, `(y - mean) * gain + offset`.
 
     Args:
-      kernel: with features on `axis`; it stays in its dtype, but is rounded to `dtype`, in which the layer
-        computes.
+      kernel: with features on `axis`.
       bias: [features] or None.
       mean, gain, offset: [features]; `offset` may be 0.
-      dtype: default that of the kernel.
+      dtype: in which the layer computes. The kernel is rounded to it, and in the wider of `dtype` and its
+        own; the bias is in the dtype of `gain`. By default both are in the kernel's.
       axis: -1, or -2 of a transposed kernel.
     """
     lift = (*(1,) * (kernel.ndim + axis), -1, *(1,) * (-1 - axis))
     plain = kernel * gain.reshape(lift)
     shift = (mean if bias is None else mean - bias) * gain
-    return plain.astype(dtype or kernel.dtype).astype(kernel.dtype), (offset - shift).astype(
-        kernel.dtype
-    )
+    if dtype is None:
+        return plain.astype(kernel.dtype), (offset - shift).astype(kernel.dtype)
+    return plain.astype(dtype).astype(jnp.promote_types(kernel.dtype, dtype)), offset - shift
