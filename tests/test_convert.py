@@ -437,9 +437,7 @@ class Standardizing(nn.Conv):
         kernel = self.param("kernel", self.kernel_init, shape)
         axes = ("NHWC", "HWIO", "NHWC")
         kernel = kernel - kernel.mean()
-        return jax.lax.conv_general_dilated(
-            inputs, kernel, (1, 1), "SAME", dimension_numbers=axes
-        )
+        return jax.lax.conv_general_dilated(inputs, kernel, (1, 1), "SAME", dimension_numbers=axes)
 
 
 class Homegrown(nn.Module):

@@ -90,10 +90,13 @@ def _named(module: Any, name: str, kind: str, last: set[str]) -> Any:
     base = type(module)
     first = next(iter(inspect.signature(module.__call__).parameters), "x")
 
+    def name_array(leaf: Any) -> Any:
+        return checkpoint_name(leaf, name) if isinstance(leaf, jax.Array) else leaf
+
     class Named(base):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if kind == LAYER:
-                return checkpoint_name(super().__call__(*args, **kwargs), name)
+                return jax.tree.map(name_array, super().__call__(*args, **kwargs))
             x = args[0] if args else kwargs.pop(first)
             if getattr(self, "axis", -1) in (-1, x.ndim - 1):
                 last.add(name)
