@@ -197,6 +197,27 @@ def test_an_nnx_module_is_exported_too():
     check(export_stablehlo(folded, None, (5, 4, 3)), folded(x), x)
 
 
+class Transformed(nnx.Module):
+    """A layer under `nnx.remat` and `nnx.jit`, and two that are scanned."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 3, rngs=rngs)
+        make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs), in_axes=0, out_axes=0)
+        self.stack = make(rngs.split(2))
+
+    def __call__(self, x):
+        x = nnx.remat(lambda layer, x: layer(x))(self.first, x)
+        x = nnx.jit(lambda layer, x: nnx.relu(layer(x)))(self.first, x)
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(x, self.stack)
+
+
+def test_an_nnx_module_with_transforms_inside_is_exported_too():
+    model, x = Transformed(nnx.Rngs(0)), np.random.default_rng(0).normal(size=(5, 3)).astype("f")
+    found = export_stablehlo(model, None, (3,)).call(x)
+    np.testing.assert_allclose(found, model(x), rtol=1e-5, atol=1e-6)
+
+
 def test_what_cannot_be_exported_is_refused():
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     shapes: Any = ((), (0, 2), (2.0,), (None, 2))
