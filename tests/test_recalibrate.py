@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, models
+from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, deconvolve, models
 from netdeconv_jax.interop import recalibrate
 
 X = np.random.default_rng(0).standard_normal((24, 6, 6, 3)).astype(np.float32)
@@ -259,3 +259,21 @@ def test_a_model_with_lists_in_its_fields_is_traced_once_for_each_shape():
     new: Any = recalibrate(model, variables, PARTS, apply_kwargs={})["batch_stats"]
     assert len(traces) == 1
     np.testing.assert_allclose(new["layers_1"]["mean"], X.mean((0, 1, 2)), atol=1e-4)
+
+
+def test_converted_models_with_arrays_in_their_fields_are_no_trouble_to_tell_apart():
+    class Shifted(nn.Module):
+        shift: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(2, (1, 1))(x + self.shift)
+
+    means = []
+    for shift in (1.0, 1.0, 3.0):
+        model = deconvolve(Shifted(np.full((1, 1, 1, 3), shift, np.float32)))
+        variables: Any = model.init(jax.random.key(0), X)
+        new = recalibrate(model, variables, PARTS, apply_kwargs={})["batch_stats"]
+        means.append(new["Conv_0"]["mean"])
+    np.testing.assert_array_equal(means[0], means[1])
+    np.testing.assert_allclose(means[2], means[0] + 2, atol=1e-5)

@@ -41,10 +41,17 @@ class DeconvolvedModel:
     model: nn.Module
     rules: Rules
 
-    def __hash__(
-        self,
-    ) -> int:  # also where the module's own fails, as with the list of `nn.Sequential`
+    # Both also where the module's own fail, as with the list of `nn.Sequential` or arrays in fields.
+    def __hash__(self) -> int:
         return hash((type(self.model), self.rules))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DeconvolvedModel) or self.rules != other.rules:
+            return False
+        try:
+            return self.model is other.model or bool(self.model == other.model)
+        except (TypeError, ValueError):  # of arrays
+            return False
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return initial variables, as `nn.Module.init`.
