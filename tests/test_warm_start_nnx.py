@@ -1,5 +1,6 @@
 """NNX models trained with batch norm, converted: the same function, before any fine-tuning."""
 
+import gc
 from typing import Any
 
 import jax
@@ -184,6 +185,15 @@ def test_without_batch_norms_the_mode_is_that_of_dropout(running):
     model = dnnx.warm_start(net, [X])
     assert model.layers[0].use_running_average is running
     assert model.layers[1].deterministic is running
+
+
+def test_nothing_is_left_behind():
+    net, sizes = trained(nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))), []
+    for _ in range(3):
+        dnnx.warm_start(net, [X], SPEC)
+        gc.collect()
+        sizes.append(len(jax.live_arrays()))
+    assert sizes[1] == sizes[2]  # the first compiles what the others reuse
 
 
 def test_what_cannot_be_is_refused_in_words():

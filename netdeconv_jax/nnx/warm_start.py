@@ -4,6 +4,7 @@ As `netdeconv_jax.interop.warm_start` does for Linen, whose head says how; the a
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from netdeconv_jax.whitening.conversion import (
     rules,
 )
 from netdeconv_jax.whitening.folding import unfolded
+from netdeconv_jax.whitening.running import Running
 from netdeconv_jax.whitening.same_function import check_no_local_norm, check_same
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
@@ -145,7 +147,10 @@ def _measure(model: Any, whitened: Sequence[Path], flags: Mapping[str, Any]) -> 
     copy = evaluated(model)
     layers = _modules(copy)
     for path in whitened:
-        _measured(layers[path])
+        layer = layers[path]
+        layer.__class__ = _measured(type(layer))
+        # Without memory: all data are here.
+        layer.spec, layer.axis_name = layer.spec.replace(momentum=0.0, freeze=None), None
     graph, state = nnx.split(copy)
 
     @jax.jit
@@ -158,21 +163,20 @@ def _measure(model: Any, whitened: Sequence[Path], flags: Mapping[str, Any]) -> 
     return lambda x: measure(state, x)
 
 
-def _measured(layer: Any) -> None:
-    """Make a layer run as a plain one and keep the statistics of what it was called with last."""
-    start = layer.mean[...], layer.whitener[...]
-    # Without memory: all data are here.
-    layer.spec, layer.axis_name = layer.spec.replace(momentum=0.0, freeze=None), None
+@functools.cache  # a class is never forgotten by JAX, nor what it holds
+def _measured(kind: type[Any]) -> type[Any]:
+    """The class of layers of a kind that run as plain ones and keep the statistics of the last call."""
 
-    class Measured(type(layer)):
+    class Measured(kind):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            self.mean.set_value(start[0])
-            self.whitener.set_value(start[1])
+            start = Running.start(self.mean.shape, self.mean.dtype, counted=False)
+            self.mean.set_value(start.mean)
+            self.whitener.set_value(start.whitener)
             y = super().__call__(*args, use_running_average=True, **kwargs)
             super().__call__(*args, use_running_average=False, **kwargs)
             return y
 
-    layer.__class__ = Measured
+    return Measured
 
 
 def function_of(model: Any, flags: Mapping[str, Any]) -> tuple[Any, Any]:
