@@ -187,6 +187,26 @@ def test_without_batch_norms_the_mode_is_that_of_dropout(running):
     assert model.layers[1].deterministic is running
 
 
+class Modulated(nnx.Module):
+    """A model of two arrays."""
+
+    def __init__(self, rngs):
+        self.conv, self.norm = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, shift):
+        return (self.norm(self.conv(self.drop(x) + shift)) * shift).mean((1, 2))
+
+
+def test_models_may_take_several_arrays():
+    net, shift = trained(Modulated(nnx.Rngs(0))), np.arange(1, 9, dtype="f").reshape(8, 1, 1, 1)
+    pairs: Any = [(X[:4], shift[:4]), (X[4:], shift[4:])]
+    for batches, flags in ((pairs, {}), ([X], {"shift": shift})):
+        model = dnnx.warm_start(net, batches, SPEC, call_kwargs=flags)
+        assert type(model.norm) is dnnx.FormerNorm
+        check_same(net, model, shift=shift)
+
+
 def test_nothing_is_left_behind():
     net, sizes = trained(nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))), []
     for _ in range(3):

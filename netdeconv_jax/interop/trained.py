@@ -93,7 +93,7 @@ def trained_shape(metadata: Mapping[str, Any]) -> tuple[int, int, int] | None:
     """
     given = metadata.get("input_shape", "null")
     try:
-        shape = json.loads(given) if isinstance(given, str) else given
+        shape: Any = json.loads(given) if isinstance(given, str) else given
     except ValueError:
         shape = given
     if shape is None:
@@ -119,19 +119,16 @@ def misfit(
     expected = _shapes(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x))
     found = _shapes(variables)
     for path in sorted(expected.keys() | found.keys(), reverse=True):  # parameters first
-        have, want = found.get(path), expected.get(path)
-        kernel = expected.get(("params", *path[1:-1], "kernel"), ())
-        of_size = any_size and len(kernel) == 2 and have is not None and want is not None
-        if of_size and (
-            path[0] == "batch_stats" or (path[-1] == "kernel" and have[1:] == want[1:])
-        ):
-            continue
-        name = "/".join(path)
+        have, want, name = found.get(path), expected.get(path), "/".join(path)
         if have is None:
             return f"{name} is missing in the file"
-        if want is None and path[-1] != "step":  # which only training needs
+        if want is None:
+            if path[-1] == "step":  # which only training needs
+                continue
             return f"{name} is in the file alone"
-        if want is not None and have != want:
+        of_inputs = path[0] == "batch_stats" or (path[-1] == "kernel" and have[1:] == want[1:])
+        dense = len(expected.get(("params", *path[1:-1], "kernel"), ())) == 2
+        if have != want and not (any_size and dense and of_inputs):
             return f"{name} has shape {have} in the file, {want} in the network"
     return None
 
@@ -150,7 +147,7 @@ def _check(
 ) -> None:
     """Raise if variables are those of another network."""
     try:
-        kernels = kernel_shapes(model, variables)
+        kernels: Any = kernel_shapes(model, variables)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the weights are not those of {network}.") from error
     if (classes := kernels[-1][-1]) != model.num_classes:

@@ -14,7 +14,7 @@ from flax import nnx
 from netdeconv_jax.nnx.behind import fold_norm
 from netdeconv_jax.nnx.convert import converted
 from netdeconv_jax.nnx.plan import evaluated, located, plan
-from netdeconv_jax.whitening.batches import first_and_all, mean_over
+from netdeconv_jax.whitening.batches import arguments, first_and_all, mean_over
 from netdeconv_jax.whitening.conversion import (
     DROPPED,
     KEPT,
@@ -54,8 +54,8 @@ def warm_start(
 
     Args:
       model: an `nnx.Module`, as training left it; it stays what it is.
-      batches: iterable of inputs, some hundreds of images in all, of the size that training will use: from
-        these the running statistics are taken.
+      batches: iterable of inputs, or of tuples of a model's several, some hundreds of images in all, of the
+        size that training will use: from these the running statistics are taken.
       spec: how the new layers whiten.
       dense, keep, axis_name: as `deconvolve`.
       call_kwargs: what the model's call needs besides in evaluation, after `eval()`.
@@ -87,10 +87,11 @@ def warm_start(
     check_no_local_norm(wanted.spec)
     flags = dict(call_kwargs or {})
     old = evaluated(model)
-    x, batches = first_and_all(batches)
+    first, batches = first_and_all(batches)
+    x = arguments(first)
     plans = plan(old, wanted)
     wanted.check_used(plans)
-    met, sources = located(old, plans, (x,), flags, warm=True)
+    met, sources = located(old, plans, x, flags, warm=True)
     plans = {path: met.get(path, _left(entry)) for path, entry in plans.items()}
     whitened = [path for path, entry in plans.items() if entry.action == REPLACED]
     if not whitened:
@@ -107,7 +108,8 @@ def warm_start(
         layer.kernel, layer.bias = layer.kernel.copy(kernel), layer.bias.copy(bias)
         layer.mean.set_value(mean)
         layer.whitener.set_value(whitener)
-    check_same(*function_of(old, flags), *function_of(evaluated(new), flags), x)
+    (run, state), (again, new_state) = (function_of(one, flags) for one in (old, evaluated(new)))
+    check_same(lambda s, x: run(s, *x), state, lambda s, x: again(s, *x), new_state, x)
     return new
 
 
@@ -156,7 +158,7 @@ def _measure(model: Any, whitened: Sequence[Path], flags: Mapping[str, Any]) -> 
     @jax.jit
     def measure(state: Any, x: Any) -> list[tuple[jax.Array, jax.Array]]:
         model = nnx.merge(graph, state)
-        model(x, **flags)
+        model(*arguments(x), **flags)
         layers = _modules(model)
         return [(layers[path].mean[...], layers[path].whitener[...]) for path in whitened]
 
@@ -180,9 +182,9 @@ def _measured(kind: type[Any]) -> type[Any]:
 
 
 def function_of(model: Any, flags: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A model as a function of variables and an input, and the variables."""
+    """A model as a function of variables and inputs, and the variables."""
     graph, state = nnx.split(model)
-    return lambda state, x: nnx.merge(graph, state)(x, **flags), state
+    return lambda state, *x: nnx.merge(graph, state)(*x, **flags), state
 
 
 def _modules(model: Any) -> dict[Path, Any]:
