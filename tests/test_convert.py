@@ -428,6 +428,60 @@ def test_heirs_of_conv_are_converted_unless_their_parameters_are_their_own():
     assert report.entries[0].why == "has a mask of its kernel"
 
 
+class Standardizing(nn.Conv):
+    """An heir that convolves by itself."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        shape = (*self.kernel_size, inputs.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        axes = ("NHWC", "HWIO", "NHWC")
+        kernel = kernel - kernel.mean()
+        return jax.lax.conv_general_dilated(inputs, kernel, (1, 1), "SAME", dimension_numbers=axes)
+
+
+class Homegrown(nn.Module):
+    """A layer of one's own, and what else it returns."""
+
+    pair: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        y = x @ self.param("weight", nn.initializers.ones, (x.shape[-1], 4))
+        return (y, None) if self.pair else y
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (Standardizing(4, (3, 3)), "Standardizing has a `__call__` of its own"),
+        (nn.Einsum((3, 4), "...i,ij->...j"), "Einsum is not converted"),
+        (Homegrown(), "Homegrown is not converted"),
+    ],
+)
+def test_a_layer_that_is_computed_in_another_way_stays_and_so_does_its_norm(layer, why):
+    model = deconvolve(nn.Sequential([layer, nn.BatchNorm(True), nn.Conv(4, (1, 1))]), SPEC)
+    stays, norm, conv = model.report(X).entries
+    assert (stays.action, stays.why) == ("kept", why)
+    assert (norm.action, norm.why) == ("kept", "follows layers_0, which does not whiten")
+    assert conv.action == "replaced"
+    assert deconvolve(layer, keep="*").report(X).kept == ("",)
+    both = deconvolve(Homegrown(pair=True)).report(X)
+    assert both.kept == ("",)
+
+
+def test_a_batch_norm_behind_an_heir_goes_by_what_becomes_of_what_it_inherits():
+    class Leaky(nn.Conv):
+        @nn.compact
+        def __call__(self, inputs):
+            return nn.leaky_relu(super().__call__(inputs))
+
+    net = nn.Sequential([Leaky(4, (3, 3)), nn.BatchNorm(True)])
+    report = deconvolve(net, SPEC).report(X)
+    assert (report.replaced, report.dropped) == (("layers_0",), ("layers_1",))
+    assert deconvolve(net, SPEC, keep="layers_0").report(X).kept == ("layers_0", "layers_1")
+
+
 def test_computation_in_bfloat16_stays_in_bfloat16():
     model: Any = deconvolve(ResNet(dtype=jnp.bfloat16), SPEC)
     variables = jax.eval_shape(model.init, KEY, X)

@@ -1,5 +1,6 @@
 """NNX models, converted by the rules that hold for Linen ones."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,7 @@ class Deep(nnx.Module):
 
 def test_a_tutorial_model_is_converted_and_the_given_one_stays():
     net = CNN(nnx.Rngs(0))
-    before = nnx.eval_shape(lambda net: nnx.state(net), net)
+    before = jax.tree.map(np.array, nnx.state(net))
     model: Any = dnnx.deconvolve(net, SPEC)
     assert type(model) is CNN
     assert [type(one) for one in (model.conv1, model.conv2)] == [dnnx.FormerConv] * 2
@@ -78,7 +79,8 @@ def test_a_tutorial_model_is_converted_and_the_given_one_stays():
     assert type(model.linear1) is nnx.Linear
     assert type(net.conv1) is nnx.Conv
     assert isinstance(model.conv1, dnnx.DeconvConv)
-    assert jax.tree.structure(nnx.state(net)) == jax.tree.structure(before)
+    model(X)  # in training: what it moves is its own
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(net), before)
     np.testing.assert_array_equal(model.conv1.kernel[...], net.conv1.kernel[...])
     assert model.conv1.kernel is not net.conv1.kernel
     assert nnx.state(model)["conv2"]["bias"][...].shape == (
@@ -207,6 +209,106 @@ def test_what_is_no_plain_layer_stays():
         dnnx.deconvolve(nn.Dense(3))
     with pytest.raises(TypeError, match=r"there is `netdeconv_jax\.nnx\.deconvolve`"):
         netdeconv_jax.deconvolve(net)  # pyright: ignore
+
+
+class Active(nnx.Conv):
+    """An heir that calls what it inherits, under another name too."""
+
+    def __init__(self, *args, slope, rngs, **kwargs):
+        super().__init__(*args, rngs=rngs, **kwargs)
+        self.slope = nnx.Param(jnp.full((), slope))
+
+    def activate(self, x):
+        return nnx.leaky_relu(self(x), self.slope[...])
+
+    def inherited(self, x):
+        return super().__call__(x)
+
+
+def test_heirs_keep_their_methods_and_attributes():
+    rngs = nnx.Rngs(0)
+    net = Active(3, 4, (3, 3), slope=0.5, padding="VALID", rngs=rngs)
+    (entry,) = dnnx.conversion_report(net, X).entries
+    assert (entry.kind, entry.action, entry.why) == ("Active", "replaced", "by DeconvConv")
+    model = dnnx.deconvolve(net, SPEC)
+    assert type(net) is Active
+    assert isinstance(model, Active)
+    assert isinstance(model, dnnx.FormerConv)
+    assert type(model).__name__ == "FormerActive"
+    assert type(dnnx.deconvolve(net)) is type(model)
+    y = model(X)
+    assert jnp.abs(y - net(X)).max() > 0.1
+    np.testing.assert_array_equal(model.activate(X), jax.nn.leaky_relu(y, 0.5))
+    np.testing.assert_array_equal(model.inherited(X), y)  # whitens too
+    model.eval()
+    y = model.activate(X)
+    for again in (nnx.merge(*nnx.split(model)), copy.deepcopy(model), nnx.clone(model)):
+        assert type(again) is type(model)
+        np.testing.assert_array_equal(again.activate(X), y)
+    np.testing.assert_allclose(nnx.jit(lambda model, x: model.activate(x))(model, X), y, rtol=1e-5)
+    np.testing.assert_allclose(fold(model)(X), model(X), rtol=0, atol=1e-5)
+    report = dnnx.conversion_report(nnx.Sequential(model, nnx.BatchNorm(4, rngs=rngs)), X)
+    assert not report.replaced  # twice is once
+
+
+@pytest.mark.parametrize("attribute", ["spec", "groups", "set_view"])
+def test_heirs_with_names_that_whitening_needs_stay(attribute):
+    class Heir(nnx.Conv):
+        pass
+
+    net: Any = Heir(3, 4, (1, 1), rngs=nnx.Rngs(0))
+    setattr(net, attribute, 3)
+    (entry,) = dnnx.conversion_report(net, X).entries
+    assert entry.why == f"Heir has a `{attribute}` of its own, a name that whitening needs"
+    assert type(dnnx.deconvolve(net)) is Heir
+
+
+def test_attributes_of_layers_are_there_to_read():
+    settings: Any = {
+        "kernel_size": (3, 2),
+        "strides": (2, 1),
+        "padding": ((1, 1), (0, 1)),
+        "kernel_dilation": (1, 2),
+    }
+    rngs = nnx.Rngs(0)
+    for layer in (
+        nnx.Conv(3, 4, input_dilation=2, feature_group_count=1, **settings, rngs=rngs),
+        nnx.ConvTranspose(3, 4, transpose_kernel=True, **settings, rngs=rngs),
+        nnx.Linear(3, 4, rngs=rngs),
+    ):
+        model = dnnx.deconvolve(layer, SPEC, dense=True)
+        assert isinstance(model, type(layer))
+        assert model(X).shape == layer(X).shape
+        for name, value in vars(layer).items():
+            if not name.startswith("_pytree") and name not in ("kernel", "bias", "dot_general"):
+                assert getattr(model, name) == value
+
+
+class Homegrown(nnx.Module):
+    """A layer of one's own, and what else it returns."""
+
+    def __init__(self, pair):
+        self.weight, self.pair = nnx.Param(jnp.ones((3, 4))), pair
+
+    def __call__(self, x):
+        y = x @ self.weight[...]
+        return (y, 1.0) if self.pair else y
+
+
+@pytest.mark.parametrize("kind", ["Einsum", "Homegrown"])
+def test_a_layer_of_another_kind_stays_and_so_does_its_norm(kind):
+    rngs = nnx.Rngs(0)
+    if kind == "Einsum":
+        layer = nnx.Einsum("nhwi,ij->nhwj", (3, 4), (4,), rngs=rngs)
+    else:
+        layer = Homegrown(pair=False)
+    net = nnx.Sequential(layer, nnx.BatchNorm(4, rngs=rngs), nnx.Conv(4, 4, (1, 1), rngs=rngs))
+    stays, norm, conv = dnnx.conversion_report(net, X).entries
+    assert (stays.action, stays.why) == ("kept", f"{kind} is not converted")
+    assert norm.why.startswith("follows layers/0, which does not whiten")
+    assert conv.action == "replaced"
+    assert type(dnnx.deconvolve(net, SPEC, X).layers[1]) is nnx.BatchNorm
+    assert dnnx.conversion_report(Homegrown(pair=True), X).kept == ("",)
 
 
 def test_computation_in_bfloat16_stays_in_bfloat16():

@@ -139,8 +139,29 @@ def test_what_is_wrong_with_a_command_is_said_in_one_line(lenet, tmp_path, capsy
         {"params": {"linear": {"kernel": np.ones((64, 10)), "bias": np.ones(10)}}},
         {"network": "linear", "norm": "none", "num_classes": "10"},
     )
+    lenet5 = {"network": "lenet", "norm": "deconv", "num_classes": "10"}
+    save_weights(tmp_path / "sizeless.safetensors", variables, lenet5)
+    save_weights(tmp_path / "empty.safetensors", {"params": {}}, lenet5)
+    for norm in ("batch", "deconv"):
+        params = made_up(models.create("lenet", norm), np.zeros((1, 8, 8, 1)))["params"]
+        path_of_params = tmp_path / f"{norm}.safetensors"
+        save_weights(path_of_params, {"params": params}, lenet5 | {"norm": norm})
+    half = made_up(models.create("lenet", width=0.5), np.zeros((1, 8, 8, 1)))
+    save_weights(tmp_path / "half.safetensors", half, lenet5)
+    for name, size in (("number", "8"), ("text", "big"), ("zero", "[8, 0, 1]")):
+        save_weights(tmp_path / f"{name}.safetensors", variables, lenet5 | {"input_shape": size})
     for arguments, words in (
         ([tmp_path / "no.safetensors"], "is missing"),
+        ([tmp_path / "sizeless.safetensors"], "`--image_size` 32x32 is not that of the network's"),
+        ([path, "--image_size=12"], "`--image_size` 12x12 is not that of the network's images: "),
+        ([path, "--image_size=12"], "/kernel has shape (64, 120) in the file"),
+        ([tmp_path / "empty.safetensors"], "`weights` must hold parameters"),
+        ([tmp_path / "batch.safetensors"], "/var is missing in the file"),
+        ([tmp_path / "deconv.safetensors"], "/whitener is missing in the file"),
+        ([tmp_path / "half.safetensors"], "the weights are not those of lenet: "),
+        ([tmp_path / "number.safetensors"], "`input_shape` must be [height, width, channels], got"),
+        ([tmp_path / "text.safetensors"], "`input_shape` must be [height, width, channels], got"),
+        ([tmp_path / "zero.safetensors"], "`input_shape` must be [height, width, channels], got"),
         ([tmp_path / "lone.safetensors"], "does not say network, norm, num_classes"),
         ([tmp_path / "linear.safetensors", "--image_size=9"], "`--image_size` 9x9 does not fit"),
         ([path, f"--output={tmp_path / 'no' / 'where'}"], "No such file"),
@@ -195,6 +216,27 @@ def test_an_nnx_module_is_exported_too():
     x = np.random.default_rng(0).normal(size=(3, 5, 4, 3)).astype(np.float32)
     folded = fold(model)
     check(export_stablehlo(folded, None, (5, 4, 3)), folded(x), x)
+
+
+class Transformed(nnx.Module):
+    """A layer under `nnx.remat` and `nnx.jit`, and two that are scanned."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 3, rngs=rngs)
+        make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs), in_axes=0, out_axes=0)
+        self.stack = make(rngs.split(2))
+
+    def __call__(self, x):
+        x = nnx.remat(lambda layer, x: layer(x))(self.first, x)
+        x = nnx.jit(lambda layer, x: nnx.relu(layer(x)))(self.first, x)
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(x, self.stack)
+
+
+def test_an_nnx_module_with_transforms_inside_is_exported_too():
+    model, x = Transformed(nnx.Rngs(0)), np.random.default_rng(0).normal(size=(5, 3)).astype("f")
+    found = export_stablehlo(model, None, (3,)).call(x)
+    np.testing.assert_allclose(found, model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_exported_is_refused():
@@ -256,6 +298,11 @@ def test_a_file_whose_weights_are_of_another_network_is_refused(tmp_path):
         load_model(path)
     save_weights(path, of_lenet(7), metadata | {"network": "vgg11"})
     with pytest.raises(ValueError, match="the weights are not those of vgg11"):
+        load_model(path)
+    more = of_lenet(7)
+    more["params"]["fc4"] = more["params"]["fc3"]
+    save_weights(path, more, metadata)
+    with pytest.raises(ValueError, match="those of lenet: params/fc4/kernel is in the file alone"):
         load_model(path)
 
 

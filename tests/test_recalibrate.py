@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, models
+from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, deconvolve, models
 from netdeconv_jax.interop import recalibrate
 
 X = np.random.default_rng(0).standard_normal((24, 6, 6, 3)).astype(np.float32)
@@ -303,3 +303,44 @@ def test_a_norm_that_never_moves_stays_as_it_is():
     variables = norm.init(jax.random.key(0), X)
     new = recalibrate(norm, variables, PARTS, apply_kwargs={})
     jax.tree.map(np.testing.assert_array_equal, new, variables)
+
+
+def test_converted_models_with_arrays_in_their_fields_are_no_trouble_to_tell_apart():
+    class Shifted(nn.Module):
+        shift: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(2, (1, 1))(x + self.shift)
+
+    means = []
+    for shift in (1.0, 1.0, 3.0):
+        model = deconvolve(Shifted(np.full((1, 1, 1, 3), shift, np.float32)))
+        variables: Any = model.init(jax.random.key(0), X)
+        new = recalibrate(model, variables, PARTS, apply_kwargs={})["batch_stats"]
+        means.append(new["Conv_0"]["mean"])
+    np.testing.assert_array_equal(means[0], means[1])
+    np.testing.assert_allclose(means[2], means[0] + 2, atol=1e-5)
+
+
+class Modulated(nn.Module):
+    """A model of two arrays."""
+
+    @nn.compact
+    def __call__(self, x, shift, train: bool):
+        return nn.BatchNorm(not train)(x + shift)
+
+
+def test_models_may_take_several_arrays():
+    model, shift = Modulated(), np.arange(24, dtype=np.float32).reshape(24, 1, 1, 1)
+    variables = model.init(jax.random.key(0), X, shift, train=False)
+    pairs = [(X[:16], shift[:16]), (X[16:], shift[16:])]
+    new: Any = recalibrate(model, variables, pairs)["batch_stats"]
+    np.testing.assert_allclose(new["BatchNorm_0"]["mean"], (X + shift).mean((0, 1, 2)), atol=1e-4)
+    for same in (shift[:8], jnp.asarray(shift[8:16])):  # other values, the same program
+        given: Any = {"shift": same, "train": True}
+        new = recalibrate(model, variables, PARTS, apply_kwargs=given)["batch_stats"]
+        expected = X.mean((0, 1, 2)) + same.mean()
+        np.testing.assert_allclose(new["BatchNorm_0"]["mean"], expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"arrays and hashable values, got \[1\] for 'shift'"):
+        recalibrate(model, variables, PARTS, apply_kwargs={"shift": [1]})

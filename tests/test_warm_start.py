@@ -30,9 +30,10 @@ X = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32) + 0.5
 SPEC = WhiteningSpec(whiten="channels", block_size=4, sampling_stride=1, num_iters=2)
 
 
-def trained(model, x: Any = X, dtype: Any = np.float32) -> Any:
+def trained(model, x: Any = X, *others: Any, dtype: Any = np.float32) -> Any:
     """Variables that no symmetry saves from a wrong index, in the ranges of trained ones."""
-    shapes, rng = jax.eval_shape(model.init, jax.random.key(0), x), np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, *others)
+    rng = np.random.default_rng(1)
 
     def leaf(path, like):
         kind, noise = path[-1].key, rng.normal(size=like.shape)
@@ -148,7 +149,7 @@ def test_a_transposed_convolution_with_strides_stays_and_says_why():
 def test_in_float64_it_is_exact(x64):
     model, x = nn.Conv(4, (3, 3), feature_group_count=2, param_dtype=jnp.float64), X.astype("f8")
     x = np.concatenate([x, x[..., :1] ** 2], -1)
-    variables = trained(model, x, np.float64)
+    variables = trained(model, x, dtype=np.float64)
     found = warm_start(model, variables, [x], SPEC, apply_kwargs={})
     assert found[1]["batch_stats"]["whitener"].dtype == jnp.float64
     check_same(model, variables, found, x, tolerance=1e-12)
@@ -235,6 +236,25 @@ def test_a_network_that_has_no_such_twin_is_wrapped(name, layout):
     converted, new = warm_start(model, variables, [x], SPEC)
     assert isinstance(converted, DeconvolvedModel)
     check_same(model, variables, (converted, new), x)
+
+
+class Modulated(nn.Module):
+    """A model of two arrays, one of which may come by name."""
+
+    @nn.compact
+    def __call__(self, x, shift, train: bool = False):
+        x = nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x + shift))
+        return (x * shift).mean((1, 2))
+
+
+def test_models_may_take_several_arrays():
+    model, shift = Modulated(), np.arange(1, 9, dtype=np.float32).reshape(8, 1, 1, 1)
+    variables = trained(model, X, shift)
+    pairs = [(X[:4], shift[:4]), (X[4:], shift[4:])]
+    for batches, flags in ((pairs, {}), ([X], {"shift": shift})):
+        converted, new = warm_start(model, variables, batches, SPEC, apply_kwargs=flags)
+        assert converted.report(X, shift).dropped == ("BatchNorm_0",)
+        check_same(model, variables, (converted, new), X, shift=shift)
 
 
 def test_what_cannot_be_is_refused_in_words():

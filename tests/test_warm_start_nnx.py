@@ -1,5 +1,6 @@
 """NNX models trained with batch norm, converted: the same function, before any fine-tuning."""
 
+import gc
 from typing import Any
 
 import jax
@@ -184,6 +185,38 @@ def test_without_batch_norms_the_mode_is_that_of_dropout(running):
     model = dnnx.warm_start(net, [X])
     assert model.layers[0].use_running_average is running
     assert model.layers[1].deterministic is running
+
+
+class Modulated(nnx.Module):
+    """A model of two arrays."""
+
+    def __init__(self, rngs):
+        self.conv, self.norm = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, shift):
+        return (self.norm(self.conv(self.drop(x) + shift)) * shift).mean((1, 2))
+
+
+def test_models_may_take_several_arrays():
+    net, shift = trained(Modulated(nnx.Rngs(0))), np.arange(1, 9, dtype="f").reshape(8, 1, 1, 1)
+    pairs: Any = [(X[:4], shift[:4]), (X[4:], shift[4:])]
+    for batches, flags in ((pairs, {}), ([X], {"shift": shift})):
+        model = dnnx.warm_start(net, batches, SPEC, call_kwargs=flags)
+        assert type(model.norm) is dnnx.FormerNorm
+        check_same(net, model, shift=shift)
+
+
+def test_nothing_is_left_behind():
+    def classes(kind) -> int:
+        return sum(1 + classes(heir) for heir in type.__subclasses__(kind))
+
+    net, sizes = trained(nnx.Conv(3, 4, (1, 1), rngs=nnx.Rngs(0))), []
+    for _ in range(3):
+        dnnx.warm_start(net, [X], SPEC)
+        gc.collect()
+        sizes.append((len(jax.live_arrays()), classes(nnx.Module)))
+    assert sizes[1] == sizes[2]  # the first compiles what the others reuse
 
 
 def test_what_cannot_be_is_refused_in_words():

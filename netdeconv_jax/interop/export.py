@@ -9,7 +9,6 @@ needs the extra `onnx`, in an environment of its own. Exit status: 0, or 2 with 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from netdeconv_jax.interop.dry_run import kernel_shapes
 from netdeconv_jax.interop.fold import fold
 from netdeconv_jax.interop.programs import export_onnx, export_stablehlo
-from netdeconv_jax.interop.trained import load_model
+from netdeconv_jax.interop.trained import load_model, misfit, trained_shape
 from netdeconv_jax.models.registry import info
 
 FORMATS = {"stablehlo": export_stablehlo, "onnx": export_onnx}
@@ -39,9 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = given.output or given.weights.with_suffix(f".{given.format}")
     try:
         model, variables, metadata = load_model(given.weights)
-        plain, folded = fold(model.clone(dtype=None), variables)
+        if not variables.get("params"):
+            raise ValueError(f"`weights` must hold parameters, {str(given.weights)!r} holds none.")
         kernel = kernel_shapes(model, variables)[0]
         shape = _input_shape(metadata, kernel, given.image_size)
+        if why := misfit(model, variables, shape, any_size=False):
+            size = "x".join(map(str, shape[:2]))
+            raise ValueError(f"`--image_size` {size} is not that of the network's images: {why}.")
+        plain, folded = fold(model.clone(dtype=None), variables)
         FORMATS[given.format](plain, folded, shape, output)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"export: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
@@ -63,8 +67,8 @@ def _input_shape(
     metadata: Mapping[str, Any], kernel: tuple[int, ...], size: tuple[int, int] | None
 ) -> tuple[int, int, int]:
     """Height and width as asked for, or of training, or of the network; channels as the weights take them."""
-    known = json.loads(metadata.get("input_shape", "null"))
-    height, width = size or (known or (info(metadata["network"]).size,) * 2)[:2]
+    known = trained_shape(metadata) or (info(metadata["network"]).size,) * 2
+    height, width = size or known[:2]
     if len(kernel) == 4:
         return height, width, kernel[2]
     channels, left = divmod(kernel[0], height * width)

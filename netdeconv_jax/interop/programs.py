@@ -160,7 +160,8 @@ def _forward(model: Any, variables: Any, apply_kwargs: Mapping[str, Any]) -> Cal
     from flax import nnx
 
     graph, state = nnx.split(model)
-    return lambda x: nnx.merge(graph, state)(x, **apply_kwargs)
+    # Copied: the variables of a transform must be made inside of the trace.
+    return lambda x: nnx.merge(graph, state, copy=True)(x, **apply_kwargs)
 
 
 def _checked(input_shape: Sequence[int]) -> tuple[int, ...]:

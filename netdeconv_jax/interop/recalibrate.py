@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
@@ -18,7 +19,7 @@ from netdeconv_jax.linen import (
     DeconvDense,
     DeconvolvedModel,
 )
-from netdeconv_jax.whitening.batches import mean_over
+from netdeconv_jax.whitening.batches import arguments, mean_over
 
 Tree = Any
 
@@ -50,14 +51,15 @@ def recalibrate(
     Args:
       model: a Linen module, or what `deconvolve` makes of one.
       variables: `params`, `batch_stats` and whatever else `model.apply` needs.
-      batches: iterable of inputs, each the one positional argument of the model; arrays on several devices
-        will do.
-      apply_kwargs: what makes the model use batch statistics, default `{"train": True}`; hashable values.
+      batches: iterable of inputs, each the one positional argument of the model, or a tuple of several;
+        arrays on several devices will do.
+      apply_kwargs: what makes the model use batch statistics, default `{"train": True}`; arrays and hashable
+        values.
       rngs: as `model.apply`, where training needs them (dropout); the same for every batch.
     Returns:
       A dict like `variables`; `variables` themselves if there are no `batch_stats`.
     Raises:
-      ValueError: `batches` is empty, or one batch itself.
+      ValueError: `batches` is empty, or one batch itself; or `apply_kwargs` hold what cannot be hashed.
 
     Source: ours; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm"), for batch norm.
 
@@ -73,15 +75,33 @@ def recalibrate(
     """
     if not jax.tree.leaves(variables.get("batch_stats", {})):
         return dict(variables)
-    flags = tuple(sorted(({"train": True} if apply_kwargs is None else apply_kwargs).items()))
+    flags, arrays = _parted({"train": True} if apply_kwargs is None else apply_kwargs)
     variables = dict(variables)
     run = _compiled(model, flags)
-    own = mean_over(batches, lambda x: run(variables, x, rngs))
+    own = mean_over(batches, lambda x: run(variables, arguments(x), arrays, rngs))
     return {**variables, "batch_stats": laid_over(variables["batch_stats"], own)}
 
 
+def _parted(apply_kwargs):
+    """What a program is compiled for, sorted, and the arrays that it takes."""
+    arrays = {
+        name: value
+        for name, value in apply_kwargs.items()
+        if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
+    }
+    flags = tuple(sorted(item for item in apply_kwargs.items() if item[0] not in arrays))
+    for name, value in flags:
+        try:
+            hash(value)
+        except TypeError:
+            raise ValueError(
+                f"`apply_kwargs` must hold arrays and hashable values, got {value!r:.60} for {name!r}."
+            ) from None
+    return flags, arrays
+
+
 def _compiled(model, flags):
-    """What maps (variables, batch, rngs) to the batch's own statistics, compiled once for each shape."""
+    """What maps (variables, inputs, arrays, rngs) to the batch's own statistics, compiled once a shape."""
     try:
         hash(model)
     except TypeError:  # a field holds a list: no other call can know the model again
@@ -89,14 +109,15 @@ def _compiled(model, flags):
     return functools.partial(_own_of_hashable, model, flags)
 
 
-def _own(model, flags, variables, x, rngs):
+def _own(model, flags, variables, inputs, arrays, rngs):
     """The batch's own statistics, where it is known how they enter the running ones."""
     # From a count of 0 a freeze schedule is active.
     start = jax.tree.map(_restarted, unfreeze(variables["batch_stats"]))
 
     def update(stats):
         given = {**variables, "batch_stats": laid_over(start, traverse_util.unflatten_dict(stats))}
-        _, updates = model.apply(given, x, mutable=["batch_stats"], rngs=rngs, **dict(flags))
+        settings = {"mutable": ["batch_stats"], "rngs": rngs, **dict(flags), **arrays}
+        _, updates = model.apply(given, *inputs, **settings)
         return {path: new for path, new in leaves(updates["batch_stats"]).items() if path in stats}
 
     old = {p: leaf for p, leaf in leaves(start).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}

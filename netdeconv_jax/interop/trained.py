@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from netdeconv_jax import models
 from netdeconv_jax.interop.dry_run import kernel_shapes
@@ -34,7 +36,7 @@ def load_model(
     Raises:
       FileNotFoundError: there is no file at `path`.
       ValueError: it is not a safetensors file, or its metadata do not say which network it is, or say
-        another than that of the weights.
+        another than that of the weights, to the shapes.
       ImportError: the package safetensors is missing.
 
     Source: ours.
@@ -74,17 +76,88 @@ def load_model(
         model = _network(metadata, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} {error}") from error
-    if variables.get("params"):  # a file may be there for its metadata alone
-        try:
-            classes = kernel_shapes(model, variables)[-1][-1]
-        except KeyError as error:
-            network = metadata["network"]
-            raise ValueError(f"{where} the weights are not those of {network}.") from error
-        if classes != model.num_classes:
-            raise ValueError(
-                f"{where} `num_classes` is {model.num_classes}, of the weights {classes}."
-            )
+    try:
+        shape = trained_shape(metadata)
+        if variables.get("params"):  # a file may be there for its metadata alone
+            _check(model, variables, shape, metadata["network"])
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
     return model, variables, {**metadata, "config": dict(config)}
+
+
+def trained_shape(metadata: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return height, width and channels of the images that a network was trained on, None if not known.
+
+    Raises:
+      ValueError: `input_shape` is something else.
+    """
+    given = metadata.get("input_shape", "null")
+    try:
+        shape: Any = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        shape = given
+    if shape is None:
+        return None
+    if not isinstance(shape, Sequence) or [type(n) for n in shape] != [int] * 3 or min(shape) < 1:
+        raise ValueError(f"`input_shape` must be [height, width, channels], got {given!r}.")
+    height, width, channels = shape
+    return height, width, channels
+
+
+def misfit(
+    model: models.Network, variables: Mapping[str, Any], shape: Sequence[int], *, any_size: bool
+) -> str | None:
+    """Return how the shapes of variables are not those of a network for images of a shape, None if they are.
+
+    Args:
+      model: the network.
+      variables: `params` and `batch_stats`.
+      shape: height, width and channels.
+      any_size: whether to pass dense layers of other inputs, which sizes of images make.
+    """
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    expected = _shapes(jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x))
+    found = _shapes(variables)
+    for path in sorted(expected.keys() | found.keys(), reverse=True):  # parameters first
+        have, want, name = found.get(path), expected.get(path), "/".join(path)
+        if have is None:
+            return f"{name} is missing in the file"
+        if want is None:
+            if path[-1] == "step":  # which only training needs
+                continue
+            return f"{name} is in the file alone"
+        of_inputs = path[0] == "batch_stats" or (path[-1] == "kernel" and have[1:] == want[1:])
+        dense = len(expected.get(("params", *path[1:-1], "kernel"), ())) == 2
+        if have != want and not (any_size and dense and of_inputs):
+            return f"{name} has shape {have} in the file, {want} in the network"
+    return None
+
+
+def _shapes(variables: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
+    parts = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    flat: Any = traverse_util.flatten_dict(parts)
+    return {path: jnp.shape(leaf) for path, leaf in flat.items()}
+
+
+def _check(
+    model: models.Network,
+    variables: Mapping[str, Any],
+    shape: tuple[int, int, int] | None,
+    network: str,
+) -> None:
+    """Raise if variables are those of another network."""
+    try:
+        kernels: Any = kernel_shapes(model, variables)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the weights are not those of {network}.") from error
+    if (classes := kernels[-1][-1]) != model.num_classes:
+        raise ValueError(f"`num_classes` is {model.num_classes}, of the weights {classes}.")
+    any_size = shape is None
+    if shape is None:
+        size = model.minimum_size or 1
+        shape = size, size, kernels[0][2] if len(kernels[0]) == 4 else 1
+    if why := misfit(model, variables, shape, any_size=any_size):
+        raise ValueError(f"the weights are not those of {network}: {why}.")
 
 
 def _network(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> models.Network:

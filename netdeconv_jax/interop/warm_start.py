@@ -30,7 +30,7 @@ from netdeconv_jax.linen.batch_norms import (
 )
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.whitening import WhiteningSpec
-from netdeconv_jax.whitening.batches import first_and_all
+from netdeconv_jax.whitening.batches import arguments, first_and_all
 from netdeconv_jax.whitening.conversion import DenseRule, rules
 from netdeconv_jax.whitening.folding import features_axis, unfolded
 from netdeconv_jax.whitening.layer import layer_spec
@@ -69,11 +69,12 @@ def warm_start(
     Args:
       model: a Linen module, or a network of the zoo of `norm="batch"`.
       variables: `params`, `batch_stats` and whatever else, as training left them.
-      batches: iterable of inputs, some hundreds of images in all, of the size that training will use: from
-        these the running statistics are taken, as by `recalibrate`.
+      batches: iterable of inputs, or of tuples of a model's several, some hundreds of images in all, of the
+        size that training will use: from these the running statistics are taken, as by `recalibrate`.
       spec: how the new layers whiten, without `local_norm`, which no kernel could undo.
       dense, keep, axis_name: as `deconvolve`.
-      apply_kwargs: what makes the model run in evaluation, default `{"train": False}`; hashable values.
+      apply_kwargs: what makes the model run in evaluation, default `{"train": False}`; arrays and hashable
+        values.
       rngs: as `model.apply`, if it needs them in evaluation.
     Returns:
       The model and its variables. The model is `deconvolve(model, spec, ...)`; of a network of the zoo it is
@@ -105,7 +106,8 @@ def warm_start(
     own = model.spec if isinstance(model, Network) else WhiteningSpec()
     check_no_local_norm(layer_spec(spec, own))
     flags = {"train": False} if apply_kwargs is None else dict(apply_kwargs)
-    x, batches = first_and_all(batches)
+    first, batches = first_and_all(batches)
+    x = arguments(first)
     plain = unfreeze(meta.unbox(dict(variables)))
     shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     start = None
@@ -115,7 +117,7 @@ def warm_start(
         start = _converted(model, plain, shape, flags, rngs, spec, dense, keep, axis_name)
     found = _whitened(*start, batches, shape, flags, rngs)
     run, again = (functools.partial(one.apply, rngs=rngs, **flags) for one in (model, found[0]))
-    check_same(run, plain, again, found[1], x)
+    check_same(lambda v, x: run(v, *x), plain, lambda v, x: again(v, *x), found[1], x)
     return found
 
 
@@ -128,11 +130,11 @@ def _twin(model, variables, spec, x, flags, axis_name):
     twin = model.clone(norm="deconv", spec=spec or model.spec)
     if axis_name is not None:
         twin = twin.clone(axis_name=rules(spec, False, (), None, axis_name).axis_name)
-    shapes = jax.eval_shape(lambda x: twin.init(jax.random.key(0), x), x)
+    shapes = jax.eval_shape(lambda x: twin.init(jax.random.key(0), *x), x)
     if jax.tree.map(jnp.shape, shapes["params"]) != jax.tree.map(jnp.shape, folded["params"]):
         return None  # the original layout keeps some batch norms
     params = traverse_util.flatten_dict(folded["params"])
-    layers, _ = dry_run(lambda x: twin.apply(folded, x, **flags), params, x, WHITENED)
+    layers, _ = dry_run(lambda x: twin.apply(folded, *x, **flags), params, x, WHITENED)
     return twin, layers, folded
 
 
@@ -143,7 +145,7 @@ def _converted(
     converted = deconvolve(model, spec, dense=dense, keep=keep, axis_name=axis_name)
 
     params, stats = (leaves(variables.get(name, {})) for name in ("params", "batch_stats"))
-    found, ran = _batch_norms(lambda x: model.apply(variables, x, rngs=rngs, **flags), x)
+    found, ran = _batch_norms(lambda x: model.apply(variables, *x, rngs=rngs, **flags), x)
     unseen = frozenset({path[:-1] for path in (*params, *stats)} - ran)
 
     def leaving(norms: Iterable[Path]) -> DeconvolvedModel:
@@ -153,7 +155,7 @@ def _converted(
         return dataclasses.replace(converted, rules=warm)
 
     layers, norms = dry_run(
-        lambda x: leaving(found).apply(variables, x, rngs=rngs, **flags),
+        lambda x: leaving(found).apply(variables, *x, rngs=rngs, **flags),
         params,
         x,
         WHITENED,
@@ -245,7 +247,7 @@ def _measured(run, args, kwargs, context):
 
 def _whitened(model, layers, variables, batches, x, flags, rngs):
     """The model, and variables whose layers whiten and compute what they did."""
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **flags), x)["batch_stats"]
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), *x, **flags), x)["batch_stats"]
     own = {
         path: jnp.zeros(leaf.shape, leaf.dtype)
         for path, leaf in leaves(meta.unbox(shapes)).items()

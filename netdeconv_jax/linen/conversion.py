@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from netdeconv_jax.linen.batch_norms import (
     body_of,
@@ -128,10 +129,11 @@ class Conversion:
         if (why := why_no_batch_norm(context, args, kwargs)) is None:
             return self._norm(module, path, x, run, args, kwargs)
         if why:
-            self._note(module, path, KEPT, why)  # an heir may still call a batch norm's own
+            self._note(module, path, KEPT, why)
+            return run(*args, **kwargs)  # an heir may still call a batch norm's own
         body, kinds = running_body(context), [kind for kind in _LINEAR if isinstance(module, kind)]
         if body not in map(body_of, kinds):
-            return run(*args, **kwargs)
+            return self._other(module, path, run, args, kwargs)
         twin, why = self._twin(module, path, x)
         self._note(module, path, KEPT if twin is None else REPLACED, why)
         y = run(*args, **kwargs) if twin is None else self._whitened(twin, x)
@@ -144,6 +146,22 @@ class Conversion:
             return run(*args, **kwargs)
         finally:
             self._wrapped -= 1
+
+    def _other(self, module: nn.Module, path: Path, run, args, kwargs):
+        """Run a module of another kind; where it is a layer all the same, a batch norm may follow it."""
+        before = self._entries.get(path)
+        y = run(*args, **kwargs)
+        entry = self._entries.get(path)
+        if entry is before:  # it has not called what it may inherit
+            if not _is_layer(module):
+                return y
+            name = type(module).__name__
+            own = f"{name} has a `__call__` of its own" if isinstance(module, _LINEAR) else None
+            why = self._rules.why_kept(path) or own or f"{name} is not converted"
+            entry = self._note(module, path, KEPT, why)
+        if entry is not None and isinstance(y, jax.Array):
+            self._remember(y, path, entry.action == REPLACED)
+        return y
 
     def _twin(self, module: Any, path: Path, x: Any) -> tuple[Any, str]:
         """The layer in the place of this one, or None, and why."""
@@ -219,8 +237,9 @@ class Conversion:
         scale = scope.param("scale", nn.initializers.zeros, (), param_dtype)
         return x * jnp.asarray(scale, dtype)
 
-    def _note(self, module: nn.Module, path: Path, action: str, why: str) -> None:
-        self._entries[path] = Entry("/".join(path), type(module).__name__, action, why)
+    def _note(self, module: nn.Module, path: Path, action: str, why: str) -> Entry:
+        self._entries[path] = entry = Entry("/".join(path), type(module).__name__, action, why)
+        return entry
 
 
 @contextlib.contextmanager
@@ -229,6 +248,14 @@ def converting(rules: Rules) -> Iterator[Conversion]:
     conversion = Conversion(rules)
     with nn.intercept_methods(conversion):
         yield conversion
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module that has run holds a matrix, and no modules."""
+    own = meta.unbox(module.variables.get("params", {})).values()
+    return not any(isinstance(leaf, Mapping) for leaf in own) and any(
+        jnp.ndim(leaf) > 1 for leaf in own
+    )
 
 
 def _operations(module: nn.Module) -> dict[str, Any]:

@@ -41,10 +41,17 @@ class DeconvolvedModel:
     model: nn.Module
     rules: Rules
 
-    def __hash__(
-        self,
-    ) -> int:  # also where the module's own fails, as with the list of `nn.Sequential`
+    # Both also where the module's own fail, as with the list of `nn.Sequential` or arrays in fields.
+    def __hash__(self) -> int:
         return hash((type(self.model), self.rules))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DeconvolvedModel) or self.rules != other.rules:
+            return False
+        try:
+            return self.model is other.model or bool(self.model == other.model)
+        except (TypeError, ValueError):  # of arrays
+            return False
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return initial variables, as `nn.Module.init`.
@@ -132,9 +139,9 @@ def deconvolve(
 
     - Every `nn.Conv` becomes a `DeconvConv`, every `nn.ConvTranspose` a `DeconvConvTranspose`, of the same
       settings and initial kernel, always with a bias. One with a `mask` of its kernel, of a class that
-      changes its parameters, or below `nn.SpectralNorm` or `nn.WeightNorm` stays. `nn.Dense` becomes
-      `DeconvDense` where `dense` says so, in blocks of 512 features at least. `nn.ConvLocal` and
-      `nn.DenseGeneral` stay.
+      changes its parameters or does not call what it inherits, or below `nn.SpectralNorm` or
+      `nn.WeightNorm` stays. `nn.Dense` becomes `DeconvDense` where `dense` says so, in blocks of 512
+      features at least. Every other module that holds a matrix and no modules is a layer that stays.
     - Batch statistics are used, and `batch_stats` updated, where `batch_stats` (or `moments`) is mutable and
       the model is not initializing; running statistics otherwise, whatever the model's own `train` says.
       So a training step in which neither is mutable reuses the whiteners, as `update_whitener=False` does.

@@ -5,6 +5,7 @@ Every layer leaves its name on its output, every norm on its input; the program 
 
 import collections
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from netdeconv_jax.whitening.folding import merged
 
 Path = tuple[Any, ...]
 LAYER, NORM = "layer", "norm"
+_LAST = " on the last axis"  # of the name of a norm whose features are there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,16 @@ def places(
       args, kwargs: of the call: arrays, or their shapes and dtypes, modules, and flags.
     """
     paths: dict[str, Path] = {}
-    last: set[str] = set()  # of norms whose features are on the last axis
 
     def named(path: Path, node: Any) -> Any:
         if (kind := role(path, node)) is None:
             return node
-        paths[name := f"{kind} {len(paths)}"] = path
-        return _named(node, name, kind, last)
+        name = f"{kind} {len(paths)}"
+        paths[name] = paths[name + _LAST] = path
+        # Of its class, and not around it: what holds it may look at its variables.
+        node.__class__ = _naming(type(node), kind)
+        node.name_in_program = name
+        return node
 
     jaxpr = _traced(nnx.recursive_map(named, nnx.clone(model), graph=True), args, kwargs)
     calls, readers = collections.Counter(), collections.Counter()
@@ -81,27 +86,31 @@ def places(
         layer, output = reads.get(name, (None, 0))
         once = readers[output] == calls[name] == calls[layer] == 1
         source = None if layer is None else paths[layer]
-        found[paths[name]] = Place(source, once and name in last)
+        found[paths[name]] = Place(source, once and name.endswith(_LAST))
     return found
 
 
-def _named(module: Any, name: str, kind: str, last: set[str]) -> Any:
-    """The module, which leaves its name in the program."""
-    base = type(module)
-    first = next(iter(inspect.signature(module.__call__).parameters), "x")
+@functools.cache  # a class is never forgotten by JAX
+def _naming(base: type[Any], kind: str) -> type[Any]:
+    """The class of modules of a class `base` that leave their names in the program."""
 
     class Named(base):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            call, name = super().__call__, self.name_in_program
             if kind == LAYER:
-                return checkpoint_name(super().__call__(*args, **kwargs), name)
+                return jax.tree.map(
+                    lambda leaf: (
+                        checkpoint_name(leaf, name) if isinstance(leaf, jax.Array) else leaf
+                    ),
+                    call(*args, **kwargs),
+                )
+            first = next(iter(inspect.signature(call).parameters), "x")
             x = args[0] if args else kwargs.pop(first)
             if getattr(self, "axis", -1) in (-1, x.ndim - 1):
-                last.add(name)
-            return super().__call__(checkpoint_name(x, name), *args[1:], **kwargs)
+                name += _LAST
+            return call(checkpoint_name(x, name), *args[1:], **kwargs)
 
-    # Of its class, and not around it: what holds it may look at its variables.
-    module.__class__ = Named
-    return module
+    return Named
 
 
 def _traced(model: nnx.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

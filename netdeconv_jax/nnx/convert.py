@@ -8,13 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from netdeconv_jax.nnx.former import (
-    FormerConv,
-    FormerConvTranspose,
-    FormerLinear,
-    FormerNorm,
-    is_norm,
-)
+from netdeconv_jax.nnx.former import FORMERS, FormerNorm, former, is_norm
 from netdeconv_jax.nnx.layers import WhiteningStat
 from netdeconv_jax.nnx.plan import evaluated, located, map_layers, plan
 from netdeconv_jax.whitening.conversion import (
@@ -31,19 +25,17 @@ from netdeconv_jax.whitening.spec import WhiteningSpec
 _SHARED = ("dtype", "param_dtype", "precision", "promote_dtype", "preferred_element_type")
 _SHAPE = ("in_features", "out_features")
 _GEOMETRY = ("padding", "kernel_dilation")
-# What stands in the place of each kind, and the settings that it takes over by place and by name.
-_TWINS: dict[type[nnx.Module], tuple[type[Any], tuple[str, ...], tuple[str, ...]]] = {
+# The settings of each kind that it keeps, by place and by name.
+_SETTINGS: dict[type[nnx.Module], tuple[tuple[str, ...], tuple[str, ...]]] = {
     nnx.Conv: (
-        FormerConv,
         (*_SHAPE, "kernel_size", "strides"),
         (*_GEOMETRY, "input_dilation", "feature_group_count", "conv_general_dilated"),
     ),
     nnx.ConvTranspose: (
-        FormerConvTranspose,
         (*_SHAPE, "kernel_size", "strides"),
         (*_GEOMETRY, "transpose_kernel"),
     ),
-    nnx.Linear: (FormerLinear, _SHAPE, ("dot_general",)),
+    nnx.Linear: (_SHAPE, ("dot_general",)),
 }
 _zeros = nnx.initializers.zeros_init()
 
@@ -66,9 +58,11 @@ def deconvolve(
     The rules are those of `netdeconv_jax.deconvolve`:
 
     - Every `nnx.Conv` becomes a `DeconvConv`, every `nnx.ConvTranspose` a `DeconvConvTranspose`, with the
-      same settings and kernel, always with a bias. One with a `mask` of its kernel, of a class with another
-      `__call__`, or below `nnx.SpectralNorm` or `nnx.WeightNorm` stays. `nnx.Linear` becomes `DeconvDense`
-      where `dense` says so, in blocks of 512 features at least. `nnx.LinearGeneral` stays.
+      same settings and kernel, always with a bias, that is still of its class: attributes and the methods of
+      heirs stay. One with a `mask` of its kernel, of a class with another `__call__`, or below
+      `nnx.SpectralNorm` or `nnx.WeightNorm` stays. `nnx.Linear` becomes `DeconvDense` where `dense` says so,
+      in blocks of 512 features at least. Every other module that holds a matrix and no modules is a layer
+      that stays.
     - Batch statistics are used after `train()`, running ones after `eval()`, as with `nnx.BatchNorm`; at
       first as the model's batch norms do; without any, running ones if its dropout is off. A
       `use_running_average` that the model passes to a batch norm in the call does not reach the
@@ -170,41 +164,36 @@ def converted(model: nnx.Module, plans: Mapping[Path, Entry], wanted: Rules) -> 
         del wrapped
         if plans[path].action == KEPT:
             return node
-        return FormerNorm(node) if is_norm(node) else _twin(node, wanted, running)
+        return FormerNorm(node) if is_norm(node) else _whitening(node, wanted, running)
 
     return map_layers(convert, nnx.clone(model))
 
 
-def _twin(layer: Any, wanted: Rules, running: bool) -> Any:
-    """What whitens in the place of a layer, with its kernel and bias."""
-    kind = next(kind for kind in _TWINS if isinstance(layer, kind))
-    twin, places, names = _TWINS[kind]
+def _whitening(layer: Any, wanted: Rules, running: bool) -> Any:
+    """The layer as one that whitens, with its kernel, bias and whatever else it has."""
+    kind = next(kind for kind in FORMERS if isinstance(layer, kind))
+    places, names = _SETTINGS[kind]
     settings = {name: getattr(layer, name) for name in (*_SHARED, *names)}
     if settings.get("dot_general") is jax.lax.dot_general:
         settings["dot_general"] = None  # whose default rounds once where this one would round twice
-    return _with_variables_of(
-        layer,
-        twin(
-            *(getattr(layer, name) for name in places),
-            **settings,
-            spec=wanted.dense_spec if kind is nnx.Linear else wanted.spec,
-            use_running_average=running,
-            axis_name=wanted.axis_name,
-            kernel_init=_zeros,  # to be replaced
-            rngs=nnx.Rngs(0),
-        ),
+    fresh = FORMERS[kind][0](
+        *(getattr(layer, name) for name in places),
+        **settings,
+        spec=wanted.dense_spec if kind is nnx.Linear else wanted.spec,
+        use_running_average=running,
+        axis_name=wanted.axis_name,
+        kernel_init=_zeros,  # not to be used
+        rngs=nnx.Rngs(0),
     )
-
-
-def _with_variables_of(layer: Any, twin: Any) -> Any:
-    """Give the twin the kernel and bias of a layer, and the axes of one that `nnx.vmap` has stacked."""
-    lead = layer.kernel.shape[: len(layer.kernel.shape) - len(twin.kernel.shape)]
-    twin.kernel = layer.kernel
-    twin.bias = layer.bias if layer.bias is not None else _stacked(twin.bias, lead)
-    for name in ("mean", "whitener", "step"):
-        if (stat := getattr(twin, name)) is not None:
-            setattr(twin, name, _stacked(stat, lead))
-    return twin
+    # Those that `nnx.vmap` has stacked.
+    lead = layer.kernel.shape[: len(layer.kernel.shape) - len(fresh.kernel.shape)]
+    own = {"kernel"} if layer.bias is None else {"kernel", "bias"}
+    layer.__class__ = former(type(layer), kind)
+    for name, value in vars(fresh).items():
+        if name not in own and not name.startswith("_pytree"):
+            is_array = isinstance(value, nnx.Variable)
+            setattr(layer, name, _stacked(value, lead) if is_array else value)
+    return layer
 
 
 def _stacked(variable: Any, lead: tuple[int, ...]) -> Any:

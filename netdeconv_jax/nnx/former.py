@@ -1,5 +1,10 @@
-"""What stands in an NNX model in the place of its layers once it is converted."""
+"""What stands in an NNX model in the place of its layers once it is converted.
 
+What whitens is still what it was, with all its attributes and, as an heir, methods: a `FormerConv` comes
+before `nnx.Conv` among its classes, behind the heir's own, so that `super()` finds what whitens.
+"""
+
+import functools
 import inspect
 from typing import Any
 
@@ -11,7 +16,7 @@ from jax.core import Tracer
 
 from netdeconv_jax.nnx.layers import ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense
 
-_OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
+OURS = (ChannelDeconv, DeconvConv, DeconvConvTranspose, DeconvDense)
 
 
 class FormerNorm(nnx.Module):
@@ -54,8 +59,10 @@ class FormerNorm(nnx.Module):
         return x if self.scale is None else x * self.scale[...].astype(dtype)
 
 
-class FormerConv(DeconvConv):
-    """A `DeconvConv` that is called as the `nnx.Conv` in whose place it stands: `inputs` of any dtype.
+class FormerConv(DeconvConv, nnx.Conv):
+    """A `DeconvConv` that is the `nnx.Conv` it was: called with `inputs` of any dtype, with all attributes.
+
+    `deconvolve` makes it. Of an heir of `nnx.Conv` it makes an heir of both.
 
     Source: ours.
 
@@ -73,8 +80,8 @@ class FormerConv(DeconvConv):
         return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
 
 
-class FormerConvTranspose(DeconvConvTranspose):
-    """A `DeconvConvTranspose` that is called as the `nnx.ConvTranspose` in whose place it stands.
+class FormerConvTranspose(DeconvConvTranspose, nnx.ConvTranspose):
+    """A `DeconvConvTranspose` that is the `nnx.ConvTranspose` it was; see `FormerConv`.
 
     Source: ours.
 
@@ -92,8 +99,8 @@ class FormerConvTranspose(DeconvConvTranspose):
         return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
 
 
-class FormerLinear(DeconvDense):
-    """A `DeconvDense` that is called as the `nnx.Linear` in whose place it stands; see `FormerConv`.
+class FormerLinear(DeconvDense, nnx.Linear):
+    """A `DeconvDense` that is the `nnx.Linear` it was; see `FormerConv`.
 
     Source: ours.
 
@@ -109,6 +116,33 @@ class FormerLinear(DeconvDense):
     def __call__(self, inputs: Any = None, *args: Any, out_sharding: Any = None, **kwargs: Any):
         """Return what a `DeconvDense` does of `inputs`, or of `x`, its own name for them."""
         return super().__call__(_input(self, inputs, kwargs, out_sharding), *args, **kwargs)
+
+
+FORMERS: dict[type[Any], tuple[type[Any], type[Any]]] = {
+    nnx.Conv: (DeconvConv, FormerConv),
+    nnx.ConvTranspose: (DeconvConvTranspose, FormerConvTranspose),
+    nnx.Linear: (DeconvDense, FormerLinear),
+}
+# What layers that whiten keep in attributes, and others do not.
+_STATE = {"spec", "use_running_average", "update_whitener", "axis_name", "axis_index_groups"}
+_STATE |= {"geometry", "mean", "whitener", "step"}
+
+
+@functools.cache  # a class is never forgotten by JAX
+def former(heir: type[Any], kind: type[Any]) -> type[Any]:
+    """Return the class of what was of the class `heir`, as which `kind` counts, and whitens."""
+    _, whitening = FORMERS[kind]
+    if heir is kind:
+        return whitening
+    made_by: Any = type(heir)
+    name = f"Former{heir.__name__}"
+    return made_by(name, (heir, whitening), {"__module__": heir.__module__})
+
+
+def taken_names(layer: nnx.Module, kind: type[Any]) -> list[str]:
+    """Return the names that an heir of `kind` has of its own, and whitening would need."""
+    own = {*dir(type(layer)), *vars(layer)} - {*dir(kind)}
+    return sorted(own & (_STATE | {*dir(FORMERS[kind][0])}))
 
 
 def _input(layer: Any, inputs: Any, kwargs: dict[str, Any], out_sharding: Any) -> jax.Array:
@@ -127,7 +161,7 @@ def is_norm(node: Any) -> bool:
     """Whether a module is an `nnx.BatchNorm` or another class with settings and statistics like its own."""
     if isinstance(node, nnx.BatchNorm):
         return True
-    if not isinstance(node, nnx.Module) or isinstance(node, _OURS):
+    if not isinstance(node, nnx.Module) or isinstance(node, OURS):
         return False
     return (
         all(hasattr(node, name) for name in ("use_running_average", "momentum", "epsilon"))

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from netdeconv_jax.nnx.behind import LAYER, NORM, places
-from netdeconv_jax.nnx.former import is_norm, starts_at_zero
+from netdeconv_jax.nnx.former import FORMERS, OURS, is_norm, starts_at_zero, taken_names
 from netdeconv_jax.whitening.conversion import (
     DROPPED,
     KEPT,
@@ -20,8 +21,6 @@ from netdeconv_jax.whitening.conversion import (
     explain_unwhitened,
 )
 
-CONVERTED = (nnx.Conv, nnx.ConvTranspose, nnx.Linear)
-_LINEAR = (*CONVERTED, nnx.LinearGeneral)
 _WRAPPERS = (nnx.SpectralNorm, nnx.WeightNorm)
 
 
@@ -56,7 +55,7 @@ def located(
     def role(path: tuple[Any, ...], node: Any) -> str | None:
         if is_norm(node):
             return NORM
-        return LAYER if isinstance(node, _LINEAR) else None
+        return LAYER if _is_layer(node) else None
 
     layers = {_named(path): node for path, node in nnx.iter_modules(model)}
     found, sources = {}, {}
@@ -67,9 +66,11 @@ def located(
             continue
         if source is not None:
             sources[path] = source
-        whitens = source is not None and plans[source].action == REPLACED
-        folds = source is not None and place.alone and _folds(layers[path], layers[source])
-        if warm and not (whitens and folds):
+        whitens = folds = False
+        if source is not None:
+            whitens = plans[source].action == REPLACED
+            folds = whitens and place.alone and _folds(layers[path], layers[source])
+        if warm and not folds:
             entry = dataclasses.replace(entry, action=KEPT, why=UNFOLDED)
         elif source is not None and not whitens:
             why = f"{explain_unwhitened(source)}; `deconvolve` must be given the input to know"
@@ -88,7 +89,7 @@ def _plan(path: Path, node: nnx.Module, wanted: Rules, wrapped: bool = False) ->
     def entry(action: str, why: str) -> Entry:
         return Entry("/".join(path), type(node).__name__, action, why)
 
-    kind = next((kind for kind in CONVERTED if isinstance(node, kind)), None)
+    kind = next((kind for kind in FORMERS if isinstance(node, kind)), None)
     if why := wanted.why_kept(path):
         return entry(KEPT, why)
     if isinstance(node, nnx.BatchNorm) and type(node).__call__ is not nnx.BatchNorm.__call__:
@@ -107,9 +108,23 @@ def _plan(path: Path, node: nnx.Module, wanted: Rules, wrapped: bool = False) ->
         return entry(KEPT, "has a mask of its kernel")
     if type(node).__call__ is not kind.__call__:
         return entry(KEPT, f"{type(node).__name__} has a `__call__` of its own")
+    if taken := taken_names(node, kind):
+        name = type(node).__name__
+        return entry(KEPT, f"{name} has a `{taken[0]}` of its own, a name that whitening needs")
     if isinstance(node, nnx.ConvTranspose) and (why := wanted.why_strided(node.strides)):
         return entry(KEPT, why)
     return entry(REPLACED, f"by Deconv{'Dense' if kind is nnx.Linear else kind.__name__}")
+
+
+def _is_layer(node: Any) -> bool:
+    """Whether a module is one of the kinds that are converted, or holds a matrix, and no modules."""
+    if isinstance(node, OURS) or not isinstance(node, nnx.Module) or is_norm(node):
+        return False
+    if isinstance(node, tuple(FORMERS)):
+        return True
+    if not callable(node) or any(inner is not node for _, inner in nnx.iter_modules(node)):
+        return False
+    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(nnx.state(node, nnx.Param)))
 
 
 def _folds(norm: Any, layer: Any) -> bool:
@@ -128,7 +143,7 @@ def map_layers(change: Callable[[Path, Any, bool], Any], model: nnx.Module) -> A
     wrapped = wrapped_kernels(model)
 
     def visit(path, node):
-        if isinstance(node, _LINEAR) or is_norm(node):
+        if is_norm(node) or _is_layer(node):
             return change(_named(path), node, id(getattr(node, "kernel", None)) in wrapped)
         return node
 

@@ -4,6 +4,7 @@ As `netdeconv_jax.interop.warm_start` does for Linen, whose head says how; the a
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import nnx
 from netdeconv_jax.nnx.behind import fold_norm
 from netdeconv_jax.nnx.convert import converted
 from netdeconv_jax.nnx.plan import evaluated, located, plan
-from netdeconv_jax.whitening.batches import first_and_all, mean_over
+from netdeconv_jax.whitening.batches import arguments, first_and_all, mean_over
 from netdeconv_jax.whitening.conversion import (
     DROPPED,
     KEPT,
@@ -25,6 +26,7 @@ from netdeconv_jax.whitening.conversion import (
     rules,
 )
 from netdeconv_jax.whitening.folding import unfolded
+from netdeconv_jax.whitening.running import Running
 from netdeconv_jax.whitening.same_function import check_no_local_norm, check_same
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
@@ -52,8 +54,8 @@ def warm_start(
 
     Args:
       model: an `nnx.Module`, as training left it; it stays what it is.
-      batches: iterable of inputs, some hundreds of images in all, of the size that training will use: from
-        these the running statistics are taken.
+      batches: iterable of inputs, or of tuples of a model's several, some hundreds of images in all, of the
+        size that training will use: from these the running statistics are taken.
       spec: how the new layers whiten.
       dense, keep, axis_name: as `deconvolve`.
       call_kwargs: what the model's call needs besides in evaluation, after `eval()`.
@@ -85,10 +87,11 @@ def warm_start(
     check_no_local_norm(wanted.spec)
     flags = dict(call_kwargs or {})
     old = evaluated(model)
-    x, batches = first_and_all(batches)
+    first, batches = first_and_all(batches)
+    x = arguments(first)
     plans = plan(old, wanted)
     wanted.check_used(plans)
-    met, sources = located(old, plans, (x,), flags, warm=True)
+    met, sources = located(old, plans, x, flags, warm=True)
     plans = {path: met.get(path, _left(entry)) for path, entry in plans.items()}
     whitened = [path for path, entry in plans.items() if entry.action == REPLACED]
     if not whitened:
@@ -105,7 +108,8 @@ def warm_start(
         layer.kernel, layer.bias = layer.kernel.copy(kernel), layer.bias.copy(bias)
         layer.mean.set_value(mean)
         layer.whitener.set_value(whitener)
-    check_same(*function_of(old, flags), *function_of(evaluated(new), flags), x)
+    (run, state), (again, new_state) = (function_of(one, flags) for one in (old, evaluated(new)))
+    check_same(lambda s, x: run(s, *x), state, lambda s, x: again(s, *x), new_state, x)
     return new
 
 
@@ -145,40 +149,42 @@ def _measure(model: Any, whitened: Sequence[Path], flags: Mapping[str, Any]) -> 
     copy = evaluated(model)
     layers = _modules(copy)
     for path in whitened:
-        _measured(layers[path])
+        layer = layers[path]
+        layer.__class__ = _measured(type(layer))
+        # Without memory: all data are here.
+        layer.spec, layer.axis_name = layer.spec.replace(momentum=0.0, freeze=None), None
     graph, state = nnx.split(copy)
 
     @jax.jit
     def measure(state: Any, x: Any) -> list[tuple[jax.Array, jax.Array]]:
         model = nnx.merge(graph, state)
-        model(x, **flags)
+        model(*arguments(x), **flags)
         layers = _modules(model)
         return [(layers[path].mean[...], layers[path].whitener[...]) for path in whitened]
 
     return lambda x: measure(state, x)
 
 
-def _measured(layer: Any) -> None:
-    """Make a layer run as a plain one and keep the statistics of what it was called with last."""
-    start = layer.mean[...], layer.whitener[...]
-    # Without memory: all data are here.
-    layer.spec, layer.axis_name = layer.spec.replace(momentum=0.0, freeze=None), None
+@functools.cache  # a class is never forgotten by JAX, nor what it holds
+def _measured(kind: type[Any]) -> type[Any]:
+    """The class of layers of a kind that run as plain ones and keep the statistics of the last call."""
 
-    class Measured(type(layer)):
+    class Measured(kind):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            self.mean.set_value(start[0])
-            self.whitener.set_value(start[1])
+            start = Running.start(self.mean.shape, self.mean.dtype, counted=False)
+            self.mean.set_value(start.mean)
+            self.whitener.set_value(start.whitener)
             y = super().__call__(*args, use_running_average=True, **kwargs)
             super().__call__(*args, use_running_average=False, **kwargs)
             return y
 
-    layer.__class__ = Measured
+    return Measured
 
 
 def function_of(model: Any, flags: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A model as a function of variables and an input, and the variables."""
+    """A model as a function of variables and inputs, and the variables."""
     graph, state = nnx.split(model)
-    return lambda state, x: nnx.merge(graph, state)(x, **flags), state
+    return lambda state, *x: nnx.merge(graph, state)(*x, **flags), state
 
 
 def _modules(model: Any) -> dict[Path, Any]:

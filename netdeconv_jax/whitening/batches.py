@@ -24,6 +24,11 @@ def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
     return iter(batches)
 
 
+def arguments(batch: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of a model that a batch is: those of a tuple, or one."""
+    return batch if type(batch) is tuple else (batch,)
+
+
 def first_and_all(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     """Return the first batch, and all of them.
 
