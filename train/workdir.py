@@ -12,6 +12,7 @@ report.html           at the end: curves and figures, one file
 import collections
 import fcntl
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -144,6 +145,8 @@ class Workdir(Output):
         self.log(row | more)
         if self._progress is not None:
             self._progress.line(row)
+        if not math.isfinite(row["test_loss"]):
+            self.warn(f"the test loss after epoch {row['epoch']} is {row['test_loss']}.")
 
     def save(self, step: int, state: Any, meta: dict[str, Any], row: dict[str, Any] | None) -> None:
         """See `Output`."""

@@ -48,6 +48,7 @@ _SHARED = (
 )
 _GEOMETRY = ("kernel_size", "strides", "padding", "kernel_dilation")
 _OPERATIONS = ("conv_general_dilated", "dot_general")
+_traces = jax.make_user_context(None)
 _REMEMBERED = 64  # outputs among which a batch norm looks for the layer that made its input
 
 
@@ -244,9 +245,12 @@ class Conversion:
 
 @contextlib.contextmanager
 def converting(rules: Rules) -> Iterator[Conversion]:
-    """Convert what models run inside, and give the record of it."""
+    """Convert what models run inside, and give the record of it.
+
+    A function that is jitted has a trace of its own for each set of rules, and for none.
+    """
     conversion = Conversion(rules)
-    with nn.intercept_methods(conversion):
+    with _traces(rules), nn.intercept_methods(conversion):
         yield conversion
 
 

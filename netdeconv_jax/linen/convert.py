@@ -61,14 +61,14 @@ class DeconvolvedModel:
         """
         with converting(self.rules) as run:
             variables = self.model.init(rngs, *args, **kwargs)
-        run.check(kwargs)
+        self._check(run, args, kwargs)
         return variables
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the output and initial variables, as `nn.Module.init_with_output`."""
         with converting(self.rules) as run:
             result = self.model.init_with_output(rngs, *args, **kwargs)
-        run.check(kwargs)
+        self._check(run, args, kwargs)
         return result
 
     def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,10 +93,17 @@ class DeconvolvedModel:
           ValueError: as `init`.
         """
         keys = jax.random.key(0)
-        with converting(self.rules) as run:
+        # Without `jit`, whose earlier traces would hide what is inside.
+        with converting(self.rules) as run, jax.disable_jit():
             jax.eval_shape(lambda: self.model.init(keys, *args, **kwargs))
         run.check(kwargs)
         return run.report
+
+    def _check(self, run: Conversion, args: Any, kwargs: Any) -> None:
+        try:
+            run.check(kwargs)
+        except ValueError:  # or what it missed is inside of a `nn.jit` that has run before
+            self.report(*args, **kwargs)
 
 
 @overload
@@ -130,10 +137,9 @@ def deconvolve(
     """Replace every convolution of a Linen model by one that whitens, and its batch norms by the identity.
 
     `deconvolve(model, spec)` returns an object with the `init` and `apply` of the model: the form to use.
-    `with deconvolve(spec):` converts what `model.init` and `model.apply` run inside, on this thread alone. A
-    function that was jitted, and has run, outside of the `with` runs there as it was compiled:
-    **unconverted, silently**; one that has first run inside stays converted outside. (Inside `nn.jit` the
-    same holds for either form: its modules must not have run unconverted before.)
+    `with deconvolve(spec):` converts what `model.init` and `model.apply` run inside, on this thread alone; what
+    is jitted is compiled anew there, and runs unconverted again outside. A function that was compiled ahead of
+    time, `jax.jit(f).lower(...).compile()`, runs as it was compiled.
 
     The rules:
 
