@@ -137,7 +137,7 @@ def deconvolve(
     """Replace every convolution of a Linen model by one that whitens, and its batch norms by the identity.
 
     `deconvolve(model, spec)` returns an object with the `init` and `apply` of the model: the form to use.
-    `with deconvolve(spec):` converts what `model.init` and `model.apply` run inside, on this thread alone. What
+    `with deconvolve(spec):` converts what `model.init` and `model.apply` run inside, on this thread. What
     is jitted is compiled anew there, and runs unconverted again outside; but a function that was compiled
     ahead of time, `jax.jit(f).lower(...).compile()`, runs as it was compiled.
 
