@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
@@ -81,7 +82,7 @@ def _why_other(module: nn.Module, context: Any, args: Any, kwargs: Any) -> str |
     if inside:
         return ""
     x = first_argument(context.orig_method, args, kwargs)
-    same = getattr(output, "shape", None) == jnp.shape(x)
+    same = getattr(output, "shape", None) == np.shape(x)
     stats = variables.get("batch_stats", {})
     own = set(variables.get("params", {}))
     if not (same and set(stats) == {"mean", "var"} and own <= {"scale", "bias"}):

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
@@ -173,9 +174,7 @@ class Conversion:
         kind = next((kind for kind in _TWINS if isinstance(module, kind)), None)
         if kind is None:
             return None, f"{type(module).__name__} is not converted"
-        if kind is nn.Dense and not self._rules.wants_dense(
-            path, jnp.shape(x)[-1], module.features
-        ):
+        if kind is nn.Dense and not self._rules.wants_dense(path, np.shape(x)[-1], module.features):
             return None, "`dense` does not ask for it"
         if getattr(module, "mask", None) is not None:
             return None, "has a mask of its kernel"

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
@@ -188,7 +189,7 @@ class _Deconvolved(_Whitened):
         features, inputs = (-2, -1) if transpose_kernel else (-1, -2)
         check_count("features", shape[features])
         if self.has_variable("params", "kernel"):
-            have = jnp.shape(nn.unbox(self.get_variable("params", "kernel")))
+            have = np.shape(nn.unbox(self.get_variable("params", "kernel")))
             check_kernel(have, shape[inputs], axis=inputs)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if not self.use_bias:
@@ -207,7 +208,7 @@ class _Deconvolved(_Whitened):
         if evaluating and not self.has_variable("batch_stats", "step"):
             counted = counted and self.is_initializing()  # evaluation never reads the count
         if self.has_variable("batch_stats", "mean"):
-            check_mean(jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean"))), shape)
+            check_mean(np.shape(nn.unbox(self.get_variable("batch_stats", "mean"))), shape)
         start = Running.start(shape, self._stats_dtype, counted=counted)
         mean = self.variable("batch_stats", "mean", lambda: start.mean)
         whitener = self.variable("batch_stats", "whitener", lambda: start.whitener)
@@ -620,7 +621,7 @@ class ChannelDeconv(_Whitened):
         check_input(x, min_ndim=2)
         block = self.effective_block(x.shape[-1])
         if self.has_variable("batch_stats", "mean"):
-            have = jnp.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
+            have = np.shape(nn.unbox(self.get_variable("batch_stats", "mean")))
             check_channel_mean(have, block, x.shape[-1])
         start = ChannelRunning.start(block, self._stats_dtype)
         mean = self.variable("batch_stats", "mean", lambda: start.whitened.mean)

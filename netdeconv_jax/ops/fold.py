@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from netdeconv_jax.ops.grouping import ColumnGroups
@@ -67,8 +68,8 @@ def fold(
         ("whitener", whitener, (*lead, groups.width, groups.width)),
         ("bias", bias, (features,)),
     ):
-        if value is not None and jnp.shape(value) != shape:
-            raise ValueError(f"`{name}` must have shape {shape}, got {jnp.shape(value)}.")
+        if value is not None and np.shape(value) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {np.shape(value)}.")
     return _fold(kernel, bias, mean, whitener, groups, jnp.dtype(dtype))
 
 
