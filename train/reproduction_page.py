@@ -68,7 +68,7 @@ def write_page(
         ]
         lines += [*one.tell(found[name], draw), ""]
         lines += [
-            f"- {v.claim}: {MARKS[v.holds]}. {v.ours}. {v.why}".rstrip() for v in verdicts[name]
+            f"- {v.claim}: {_sentences(MARKS[v.holds], v.ours, v.why)}" for v in verdicts[name]
         ]
         lines += [""]
     missing = [f"- `{name}`: {one.shows}" for name, one in experiments.items() if not found[name]]
@@ -93,6 +93,10 @@ def _verdicts(verdicts: list[Verdict]) -> list[str]:
         "",
         *table(heads, rows),
     ]
+
+
+def _sentences(*parts: str) -> str:
+    return " ".join(f"{part.removesuffix('.')}." for part in parts if part)
 
 
 def _state(experiment: Experiment, found: Results) -> str:
