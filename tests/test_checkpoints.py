@@ -54,45 +54,55 @@ def test_the_best_one_of_before_a_resume_stays(opened, warnings):
     assert not warnings
 
 
-def test_an_evaluation_that_was_owed_replaces_the_checkpoint_without_it(opened, warnings):
+def test_an_evaluation_that_was_owed_is_noted_beside_its_checkpoint(opened, warnings):
     first = opened()
     first.save(4, STATE, {"owed": True})
     first.close()
     second = opened()
     second.save(4, STATE, {"owed": False}, 0.7)
-    second.wait()
-    restored = opened().restore(LIKE)
+    third = opened()
+    restored = third.restore(LIKE)
     assert restored is not None
-    assert restored[1] == {"owed": False}
-    second.save(5, STATE, {}, 0.1)
-    second.save(6, STATE, {}, 0.2)
-    second.wait()
-    assert second.steps() == [4, 5, 6]
+    assert restored[1]["owed"] is False
+    np.testing.assert_array_equal(restored[0]["a"], STATE["a"])
+    for step, accuracy in ((5, 0.1), (6, 0.2), (7, 0.3)):
+        third.save(step, STATE, {"owed": False}, accuracy)
+    third.wait()
+    assert third.steps() == [4, 6, 7]
     assert not warnings
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
-def test_a_disk_that_does_not_answer_sets_nothing_aside(
-    opened, warnings, tmp_path, monkeypatch, number
-):
+def whole(opened):
     first = opened()
-    first.save(1, STATE, {})
-    first.save(2, STATE, {})
+    first.save(1, STATE, {"owed": False})
+    first.save(2, STATE, {"owed": False})
     first.wait()
-    second = opened()
 
-    def fail(*_, **__):
-        raise OSError(number, "no answer")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(second._manager, "restore", fail)
-        with pytest.raises(OSError, match=r"The checkpoints cannot be read now: .*no answer"):
-            second.restore(LIKE)
+# The permission of whoever tests may be denied nowhere: the file is a link that leads to itself.
+@pytest.mark.parametrize("file", ["state/d/*", "meta/metadata"])
+def test_a_file_that_cannot_be_read_sets_nothing_aside(opened, warnings, tmp_path, file):
+    whole(opened)
+    path = max((tmp_path / "checkpoints" / "2").glob(file), key=lambda path: path.stat().st_size)
+    kept = path.rename(tmp_path / "kept")
+    path.symlink_to(path)
+    with pytest.raises(OSError, match="The checkpoints cannot be read now: ") as caught:
+        opened().restore(LIKE)
+    assert caught.value.errno == errno.ELOOP
+    path.unlink()
+    kept.rename(path)
     assert not warnings
     assert not (tmp_path / "damaged").exists()
-    restored = second.restore(LIKE)
-    assert restored is not None
-    np.testing.assert_array_equal(restored[0]["a"], STATE["a"])
+    assert opened().restore(LIKE) is not None
+
+
+def test_checkpoints_of_another_version_are_refused_and_left(opened, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", 1)
+        whole(opened)
+    with pytest.raises(checkpoints.OtherRunError, match="written by another version"):
+        opened().restore(LIKE)
+    assert opened().steps() == [1, 2]
 
 
 def test_other_arrays_are_refused(opened):

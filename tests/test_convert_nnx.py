@@ -1,6 +1,7 @@
 """NNX models, converted by the rules that hold for Linen ones."""
 
 import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -240,6 +241,9 @@ def test_heirs_keep_their_methods_and_attributes():
     assert jnp.abs(y - net(jnp.asarray(X))).max() > 0.1
     np.testing.assert_array_equal(model.activate(X), jax.nn.leaky_relu(y, 0.5))
     np.testing.assert_array_equal(model.inherited(X), y)  # whitens too
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(copied) is type(model)
+        np.testing.assert_array_equal(copied(X), y)
     model.eval()
     y = model.activate(X)
     for again in (nnx.merge(*nnx.split(model)), copy.deepcopy(model), nnx.clone(model)):

@@ -240,6 +240,25 @@ class Half(nnx.Module):
         return self.head(self.wide(self.up(x)))
 
 
+class HalfButForTheNorm(nnx.Module):
+    def __init__(self, rngs):
+        half: Any = {"param_dtype": jnp.bfloat16, "rngs": rngs}
+        self.conv, self.norm = dnnx.DeconvConv(4, 8, (3, 3), **half), nnx.BatchNorm(8, **half)
+
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+
+
+def test_a_norm_with_statistics_in_float32_makes_the_answer_float32():
+    net = with_statistics(HalfButForTheNorm(nnx.Rngs(0)))
+    x = (2 + jax.random.normal(jax.random.key(0), (4, 6, 6, 4))).astype(jnp.bfloat16)
+    folded = fold(net)
+    net.eval()
+    expected, found = net(x), folded(x)
+    assert found.dtype == expected.dtype == jnp.float32
+    assert jnp.abs(found - expected).max() < 0.02 * jnp.abs(expected).max()
+
+
 @pytest.mark.parametrize("seen", [False, True])
 def test_parameters_of_half_precision_cost_no_precision_where_computation_has_more(seen):
     net = with_statistics(Half(nnx.Rngs(0)))

@@ -4,6 +4,7 @@ Orbax writes them in the background. It cannot tell a checkpoint that a failing 
 one, so each carries a checksum of every array; one that is not whole is set aside, and the one before serves.
 """
 
+import json
 import logging
 import shutil
 import sys
@@ -17,7 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from train import metrics
+
 Meta = dict[str, Any]
+
+FORMAT = 2  # of what a checkpoint holds besides arrays
+EVALUATIONS = "evaluations.json"  # accuracies by step, of checkpoints that were written before them
 
 # What goes wrong is said here, in a line; Orbax' threads would add a page to each.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -74,6 +80,7 @@ class Checkpoints:
         self._aside = self._folder.parent / "damaged"
         self._newest = 0
         self._accuracies: dict[int, float] = {}
+        self._late = _late_evaluations(self._folder)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._accuracies)])
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -92,23 +99,29 @@ class Checkpoints:
         """Begin to write a checkpoint; a failure is a warning, and the run goes on.
 
         Args:
-          step: if there is a checkpoint of it nothing happens, unless `test_accuracy` is new: that of a run
-            which was stopped in an evaluation takes the place of the one without.
+          step: if there is a checkpoint of it, that of a run which was stopped in its evaluation, a
+            `test_accuracy` that is new is noted beside it; else nothing happens.
           state: a tree of NumPy arrays, not changed afterwards.
-          meta: what JSON can hold.
+          meta: what JSON can hold; `owed` tells whether the evaluation of that step is still to be done.
           test_accuracy: by which the best one is told; without, it is never the best.
         """
         self.wait()
         if step in self._manager.all_steps():
             if test_accuracy is None or step in self._accuracies:
                 return
-            self._tolerate(lambda: self._manager.delete(step))
+            self._accuracies[step] = self._late[step] = test_accuracy
+            if jax.process_index() == 0:
+                text = json.dumps({str(one): value for one, value in self._late.items()})
+                file = self._folder / EVALUATIONS
+                self._tolerate(lambda: metrics.replace(file, text.encode()))
+            return
         if test_accuracy is not None:
             self._accuracies[step] = test_accuracy
         meta = meta | {
             "arrays": _arrays(state),
             "checksums": _checksums(state),
             "test_accuracy": test_accuracy,
+            "format": FORMAT,
         }
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._newest = step
@@ -132,13 +145,17 @@ class Checkpoints:
         )
         for step in reversed(steps):
             try:
-                arrays = self._meta(step)["arrays"]
+                meta = self._meta(step)
             except Exception as error:  # whatever a broken file makes of its reader
-                _raise_if_of_the_machine(error)
+                self._raise_if_of_the_machine(step, error)
                 self._set_aside(step, _reason(error))
                 continue
-            if arrays != _arrays(wanted):
-                differ = sorted({*map(str, arrays)} ^ {*map(str, _arrays(wanted))})
+            if meta.get("format") != FORMAT:
+                raise OtherRunError(
+                    f"The checkpoints in {self._folder} were written by another version of this program."
+                )
+            if meta["arrays"] != _arrays(wanted):
+                differ = sorted({*map(str, meta["arrays"])} ^ {*map(str, _arrays(wanted))})
                 raise OtherRunError(
                     f"The checkpoints in {self._folder} hold other arrays than this program's state, such as "
                     f"{differ[0]}: they were written by another version of it or of a package."
@@ -146,12 +163,11 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(step, args=args)
                 state, meta = restored["state"], restored["meta"]
-                del meta["arrays"], meta["test_accuracy"]
-                if meta.pop("checksums") != _checksums(state):
+                if meta["checksums"] != _checksums(state):
                     raise ValueError("an array is not what was saved")
-                return state, meta
+                return state, meta | ({"owed": False} if step in self._late else {})
             except Exception as error:
-                _raise_if_of_the_machine(error)
+                self._raise_if_of_the_machine(step, error)
                 self._set_aside(step, _reason(error))
         if steps or self._aside.is_dir():
             raise DamagedError(
@@ -166,6 +182,8 @@ class Checkpoints:
 
     def _recorded(self, step: int) -> dict[int, float]:
         """The accuracy of a checkpoint by its step, where it can be read and there is one."""
+        if step in self._late:
+            return {step: self._late[step]}
         try:
             accuracy = self._meta(step)["test_accuracy"]
         except Exception:  # `restore` will tell, if it is read at all
@@ -193,6 +211,25 @@ class Checkpoints:
                 for half in self._folder.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(half, ignore_errors=True)
 
+    def _raise_if_of_the_machine(self, step: int, error: Exception) -> None:
+        """Raise what another try may not meet: good checkpoints must not be set aside for it.
+
+        What reads arrays has errors of its own for whatever happens; whether a disk answers shows by asking.
+        """
+        if isinstance(error, MemoryError):
+            raise error
+        try:
+            for path in (self._folder / str(step)).rglob("*"):
+                if not path.is_dir():
+                    with path.open("rb") as file:
+                        while file.read(2**24):
+                            pass
+        except OSError as found:
+            raise OSError(
+                found.errno,
+                f"The checkpoints cannot be read now: {found.strerror}: {found.filename}",
+            ) from error
+
     def _set_aside(self, step: int, reason: str) -> None:
         self._warn(
             f"the checkpoint of step {step} is damaged ({reason}); moved to {self._aside}, taking the "
@@ -206,14 +243,14 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _raise_if_of_the_machine(error: Exception) -> None:
-    """Raise what another try may not meet: good checkpoints must not be set aside for it."""
-    if isinstance(error, MemoryError):
-        raise error
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise OSError(
-            error.errno, f"The checkpoints cannot be read now: {_reason(error)}"
-        ) from error
+def _late_evaluations(folder: Path) -> dict[int, float]:
+    try:
+        return {
+            int(step): value
+            for step, value in json.loads((folder / EVALUATIONS).read_text()).items()
+        }
+    except (OSError, ValueError):  # none, or no longer readable: they are made again
+        return {}
 
 
 def _reason(error: Exception) -> str:

@@ -154,17 +154,25 @@ def load(source: str, changes: Mapping[str, Any]) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*arg)
+        get_config = module.get_config
+    except Exception as error:  # whatever the file does
+        raise _no_config(path, error) from error
+    try:
+        config = get_config(*arg)
         config.lock()
     except ValueError:  # of a config string that it does not know
         raise
-    except Exception as error:  # whatever the file does
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"`--config` {path} is no config: {reason}") from error
+    except Exception as error:
+        raise _no_config(path, error) from error
     for name, value in changes.items():
         _change(config, name, value)
     check(config)
     return config
+
+
+def _no_config(path: str, error: Exception) -> ValueError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(f"`--config` {path} is no config: {reason}")
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

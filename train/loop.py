@@ -139,7 +139,8 @@ class Trainer:
         restored = output.restore(self.state_shapes)
         if restored is not None:
             state = self._parallel.everywhere(restored[0])
-            epoch_totals.load(restored[1]["epoch_totals"])
+            if restored[1]["owed"] or int(restored[0].step) % self.steps_per_epoch:
+                epoch_totals.load(restored[1]["epoch_totals"])
             log_totals.load(restored[1]["log_totals"])
         step = int(self._parallel.host(state.step))
         feeds = self.placed_feeds(seed, step)

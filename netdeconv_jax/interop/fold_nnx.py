@@ -153,8 +153,10 @@ def fold_nnx(model: Any, x: Any = None, **call_kwargs: Any) -> Any:
 def _fold_norm(norm: Any, layer: Any, x: Any) -> None:
     """Fold a batch norm into the plain layer before it, without loss where `x` has more precision."""
     if hasattr(layer, "answers"):
-        own = norm.mean.dtype if norm.scale is None else norm.scale.dtype
-        layer.answers = jnp.promote_types(layer.answers, own)  # what the norm would answer in
+        arrays = (norm.mean, norm.var, norm.scale, norm.bias)
+        own = [leaf.dtype for leaf in arrays if leaf is not None]
+        # What the norm would answer in.
+        layer.answers = norm.dtype or functools.reduce(jnp.promote_types, own, layer.answers)
     have = layer.kernel.dtype
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(x) if hasattr(leaf, "dtype")]
     dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]

@@ -41,7 +41,8 @@ def recalibrate(
     The root of the pooled covariance would come nearer to that of all data as one batch, but the network was
     trained behind whiteners of batches (docs/decisions.md has the figures). Batches of other sizes weigh
     what they hold, and each size is compiled once; a second call with the same model and shapes compiles
-    nothing, if the model is hashable. Of a layer that is called more than once in a pass, the calls weigh
+    nothing, if the model is hashable. That unrolls loops (`nn.RNN`, `lax.scan`) to look into them once: long
+    ones take seconds. Of a layer that is called more than once in a pass, the calls weigh
     what they weigh in its running average: the last the most.
 
     It knows the layers of this package and every module that has a field `momentum` and keeps

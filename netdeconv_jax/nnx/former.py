@@ -136,7 +136,18 @@ def former(heir: type[Any], kind: type[Any]) -> type[Any]:
         return whitening
     made_by: Any = type(heir)
     name = f"Former{heir.__name__}"
-    return made_by(name, (heir, whitening), {"__module__": heir.__module__})
+
+    def reduce(self, protocol):
+        """Pickle what the class is made of, since no module holds it by name."""
+        _, _, *state = object.__reduce_ex__(self, protocol)
+        return _empty, (heir, kind), *state
+
+    body = {"__module__": heir.__module__, "__reduce_ex__": reduce}
+    return made_by(name, (heir, whitening), body)
+
+
+def _empty(heir: type[Any], kind: type[Any]) -> Any:
+    return object.__new__(former(heir, kind))
 
 
 def taken_names(layer: nnx.Module, kind: type[Any]) -> list[str]:
