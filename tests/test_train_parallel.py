@@ -11,7 +11,7 @@ from trainer_process import TrainerProcess, checkpoints, figures, rows
 
 from netdeconv_jax.interop.weights import load_weights
 from train import config as configs
-from train import data, loop
+from train import data, loop, parallel
 from train.output import Output
 
 # Rounding that flips a ReLU changes a gradient by a thousandth, and each such step makes more of them flip: a
@@ -94,6 +94,25 @@ def test_statistics_of_each_device_are_the_same_under_jit_and_pmap_and_not_the_g
     assert_same(jit, trained(statistics="device", parallel="pmap"))
     with pytest.raises(AssertionError):
         assert_same(alone["deconv"], jit, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_what_is_restored_may_be_donated_as_it_lies_in_memory_of_its_own(kind):
+    raw = np.zeros(4096 + 64, np.uint8)
+    start = -raw.ctypes.data % 64  # where JAX would not have to copy it
+    array = raw[start : start + 4096].view(np.float32)
+    placed = parallel.create(kind, "global").everywhere(array)
+    places = [shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards]
+    assert len({*places, array.ctypes.data}) == len(jax.devices()) + 1
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_what_is_saved_lies_in_memory_of_its_own(kind):
+    placement = parallel.create(kind, "global")
+    placed = placement.everywhere(np.ones(1024, np.float32))
+    saved = placement.host(placed)
+    assert saved.base is None
+    assert saved.flags.owndata
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

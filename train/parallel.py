@@ -111,7 +111,8 @@ class Jit(Parallel):
 
     def host(self, tree: Any) -> Any:
         """See `Parallel`."""
-        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), tree)
+        # Copied: what is written in the background must outlive the step that takes over its memory.
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0)), tree)
 
 
 class Pmap(Parallel):
@@ -123,7 +124,8 @@ class Pmap(Parallel):
         self.devices = len(devices)
         self._local = sum(device.process_index == jax.process_index() for device in devices)
         self._map = functools.partial(jax.pmap, devices=devices)
-        self._repeat = self._map(lambda _, tree: tree, in_axes=(0, None))
+        # Copied, or arrays might lie where NumPy's do, and a step that takes over their memory write there.
+        self._repeat = self._map(lambda _, tree: jax.tree.map(jnp.copy, tree), in_axes=(0, None))
 
     def everywhere(self, tree: Any) -> Any:
         """See `Parallel`."""
@@ -147,7 +149,7 @@ class Pmap(Parallel):
 
     def host(self, tree: Any) -> Any:
         """See `Parallel`."""
-        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], tree)
+        return jax.tree.map(lambda x: np.array(np.asarray(x.addressable_data(0))[0]), tree)
 
 
 @jax.jit
