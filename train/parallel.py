@@ -126,6 +126,8 @@ class Pmap(Parallel):
         self._map = functools.partial(jax.pmap, devices=devices)
         # Copied, or arrays might lie where NumPy's do, and a step that takes over their memory write there.
         self._repeat = self._map(lambda _, tree: jax.tree.map(jnp.copy, tree), in_axes=(0, None))
+        # A compiled step that is given NumPy's arrays crashes at times, with jax 0.12 on CPUs.
+        self._put = self._map(lambda tree: jax.tree.map(jnp.copy, tree))
 
     def everywhere(self, tree: Any) -> Any:
         """See `Parallel`."""
@@ -133,7 +135,8 @@ class Pmap(Parallel):
 
     def split(self, feed: Any) -> Any:
         """See `Parallel`."""
-        return jax.tree.map(lambda x: x.reshape(self._local, -1, *x.shape[1:]), feed)
+        parts = jax.tree.map(lambda x: x.reshape(self._local, -1, *x.shape[1:]), feed)
+        return self._put(parts) if jax.process_count() == 1 else parts
 
     def compile(
         self, function: Callable[..., Any], *arguments: Any, feed: Any = None, donate: int = 0
