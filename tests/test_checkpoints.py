@@ -96,6 +96,25 @@ def test_a_file_that_cannot_be_read_sets_nothing_aside(opened, warnings, tmp_pat
     assert opened().restore(LIKE) is not None
 
 
+def test_a_failure_that_passes_sets_nothing_aside(opened, warnings, tmp_path, monkeypatch):
+    whole(opened)
+    second = opened()
+    read, calls = second._manager.restore, []
+
+    def fail_at_first(*args, **kwargs):
+        calls.append(args)
+        if len(calls) % 2:
+            raise OSError(errno.EIO, "no answer")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(second._manager, "restore", fail_at_first)
+    restored = second.restore(LIKE)
+    assert restored is not None
+    assert len(calls) == 4
+    assert not warnings
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_checkpoints_of_another_version_are_refused_and_left(opened, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "FORMAT", 1)

@@ -62,6 +62,10 @@ class DamagedError(Exception):
     """No checkpoint of a run can be read."""
 
 
+class _MachineError(OSError):
+    """The machine does not give what a checkpoint holds."""
+
+
 class OtherRunError(Exception):
     """The checkpoints are of another program, or of a run on other data."""
 
@@ -134,7 +138,7 @@ class Checkpoints:
           like: the shapes and dtypes of the state.
         Raises:
           OtherRunError: the newest one holds other arrays than `like`.
-          OSError: the disk does not answer, which says nothing of the checkpoints; or MemoryError.
+          OSError: the disk does not answer or memory is short, which says nothing of the checkpoints.
           DamagedError: there are checkpoints, and not one can be read; or all were set aside before: a
             scheduler that tries again must not make the run begin anew, over what the old one left.
         """
@@ -146,8 +150,9 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 meta = self._meta(step)
+            except _MachineError:
+                raise
             except Exception as error:  # whatever a broken file makes of its reader
-                self._raise_if_of_the_machine(step, error)
                 self._set_aside(step, _reason(error))
                 continue
             if meta.get("format") != FORMAT:
@@ -161,13 +166,14 @@ class Checkpoints:
                     f"{differ[0]}: they were written by another version of it or of a package."
                 )
             try:
-                restored = self._manager.restore(step, args=args)
+                restored = self._read(step, args)
                 state, meta = restored["state"], restored["meta"]
                 if meta["checksums"] != _checksums(state):
                     raise ValueError("an array is not what was saved")
                 return state, meta | ({"owed": False} if step in self._late else {})
+            except _MachineError:
+                raise
             except Exception as error:
-                self._raise_if_of_the_machine(step, error)
                 self._set_aside(step, _reason(error))
         if steps or self._aside.is_dir():
             raise DamagedError(
@@ -178,7 +184,15 @@ class Checkpoints:
 
     def _meta(self, step: int) -> Meta:
         only_meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=only_meta)["meta"]
+        return self._read(step, only_meta)["meta"]
+
+    def _read(self, step: int, args: Any) -> Any:
+        """Read a checkpoint, a second time if the first fails: what was in the way may have passed."""
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:
+            self._raise_if_of_the_machine(step, error)
+        return self._manager.restore(step, args=args)
 
     def _recorded(self, step: int) -> dict[int, float]:
         """The accuracy of a checkpoint by its step, where it can be read and there is one."""
@@ -217,7 +231,7 @@ class Checkpoints:
         What reads arrays has errors of its own for whatever happens; whether a disk answers shows by asking.
         """
         if isinstance(error, MemoryError):
-            raise error
+            raise _MachineError(None, "The checkpoints do not fit into the memory.") from error
         try:
             for path in (self._folder / str(step)).rglob("*"):
                 if not path.is_dir():
@@ -225,7 +239,7 @@ class Checkpoints:
                         while file.read(2**24):
                             pass
         except OSError as found:
-            raise OSError(
+            raise _MachineError(
                 found.errno,
                 f"The checkpoints cannot be read now: {found.strerror}: {found.filename}",
             ) from error
