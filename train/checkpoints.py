@@ -66,7 +66,7 @@ class _MachineError(OSError):
     """The machine does not give what a checkpoint holds."""
 
 
-class OtherRunError(Exception):
+class OtherRunError(ValueError):
     """The checkpoints are of another program, or of a run on other data."""
 
 

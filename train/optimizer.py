@@ -67,7 +67,7 @@ def _cosine(config: Config, steps: int, warmup: int) -> Schedule:
 
 def _multistep(config: Config, steps: int, warmup: int) -> Schedule:
     at = [round(share * (steps + warmup)) - warmup for share in config.milestones]
-    if any(step < 1 for step in at):
+    if warmup and any(step < 1 for step in at):
         raise ValueError(
             f"`optimizer.milestones` must come after the warm-up of {warmup} steps, of "
             f"{steps + warmup}, got {tuple(config.milestones)}."
