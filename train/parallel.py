@@ -148,6 +148,7 @@ class Pmap(Parallel):
 
     def whole(self, tree: Any) -> Any:
         """See `Parallel`."""
+        # Never asked for: a config refuses `recalibrate`, which alone needs it, with `parallel` pmap.
         raise NotImplementedError("Arrays of a pmap lie everywhere or in parts.")
 
     def host(self, tree: Any) -> Any:

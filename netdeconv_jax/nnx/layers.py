@@ -171,7 +171,8 @@ class _Deconvolved(_Whitened):
 
     @property
     def _mean_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """The shape of the running mean, which every kind of layer tells by itself."""
+        raise NotImplementedError(f"{type(self).__name__} must tell the shape of its mean.")
 
     def _arrays(
         self, channels: int, evaluating: bool, axis: int = -2
