@@ -144,7 +144,10 @@ class Pmap(Parallel):
         """See `Parallel`."""
         given = arguments if feed is None else (*arguments, feed)
         mapped = self._map(function, axis_name=AXIS, donate_argnums=range(donate))
-        return mapped.lower(*given).compile()
+        compiled = mapped.lower(*given).compile()
+        # What is compiled wants the arrays of all processes in one; only the pmap itself joins them, and it
+        # finds the program there.
+        return compiled if jax.process_count() == 1 else mapped
 
     def whole(self, tree: Any) -> Any:
         """See `Parallel`."""
