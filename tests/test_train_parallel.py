@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from prepared_folders import encode, prepare_photos
 from trainer_process import TrainerProcess, checkpoints, figures, rows
 
 from netdeconv_jax.interop.weights import load_weights
@@ -168,6 +169,38 @@ def test_two_processes_train_as_one_does(tmp_path, parallel):
     )
     steps = [row["step"] for row in rows(tmp_path / "two") if "test_loss" not in row]
     assert steps == [4, 8, 12, 16], "one process writes, the other does not"
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_streamed_photos_under_pmap(tmp_path):
+    shades = [
+        {
+            "image": encode(np.full((40, 50 + i, 3), 9 * i, np.uint8)),
+            "label": i,
+            "file_name": f"{i}.png",
+        }
+        for i in range(25)
+    ]
+    prepare_photos(tmp_path, {"train": shades, "validation": shades[:9]})
+    settings = {
+        "network": "configs/imagenet.py:cnn",
+        "data_dir": tmp_path,
+        "epochs": 2,
+        "batch_size": 8,
+        "eval_batch_size": 4,
+        "augment__image_size": 32,
+        "augment__eval_resize": 36,
+        "optimizer__learning_rate": RATE,
+        "log__diagnostics_every_steps": 2,
+    }
+    cache = tmp_path / "cache"
+    one = TrainerProcess(tmp_path / "one", cache, **settings)
+    one.succeed()
+    for process in two_processes(tmp_path / "two", cache, parallel="pmap", **settings):
+        process.succeed()
+    (*_, expected), (*_, got) = figures(tmp_path / "one"), figures(tmp_path / "two")
+    assert got["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
+    assert got["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):

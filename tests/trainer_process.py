@@ -32,13 +32,14 @@ def interruptible(command: list[str]) -> list[str]:
 
 
 class TrainerProcess:
-    """`python -m train.main` on the digits with LeNet.
+    """`python -m train.main`, on the digits with LeNet unless told otherwise.
 
     Args:
       workdir: of the run.
       cache: folder of compiled programs that runs share.
       environment: variables on top of this process's.
       wrap: a command to run Python under.
+      network: file of a config, and the network.
       config: overrides on top of `SMALL`.
     """
 
@@ -50,12 +51,13 @@ class TrainerProcess:
         environment: dict[str, str] | None = None,
         flags: tuple[str, ...] = (),
         wrap: tuple[str, ...] = (),
+        network: str = "configs/digits.py:lenet",
         **config: Any,
     ):
         self.workdir = workdir
         settings = SMALL | {name.replace("__", "."): value for name, value in config.items()}
         command = [*wrap, sys.executable, "-m", "train.main", f"--workdir={workdir}", *flags]
-        command += [f"--config={ROOT}/configs/digits.py:lenet,{norm}"]
+        command += [f"--config={ROOT}/{network},{norm}"]
         command += [f"--compilation_cache={cache}"]
         command += [f"--config.{name}={value}" for name, value in settings.items()]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}

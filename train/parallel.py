@@ -131,7 +131,8 @@ class Pmap(Parallel):
 
     def everywhere(self, tree: Any) -> Any:
         """See `Parallel`."""
-        return self._repeat(np.arange(self._local), tree)
+        # Streamed data keep no arrays on the devices, and several processes' pmap cannot return none.
+        return self._repeat(np.arange(self._local), tree) if jax.tree.leaves(tree) else tree
 
     def split(self, feed: Any) -> Any:
         """See `Parallel`."""
