@@ -46,3 +46,25 @@ def test_a_job_of_several_tasks_must_be_started_by_srun(monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
     with pytest.raises(ValueError, match="has 4 tasks: start the command with `srun`"):
         cluster.connect(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("everyone", "own", "expected"),
+    [
+        ([("", {"a": 1}), ("", {"a": 1})], 0, ""),
+        ([("", {}), ("no data", {})], 0, "process 1: no data"),
+        ([("", {}), ("no data", {})], 1, "no data"),
+        ([("here too", {}), ("no data", {})], 1, "no data"),
+        ([("", {"a": 1}), ("", {})], 1, "process 1 has a=null, process 0 has a=1."),
+        ([("", {"a": 1, "b": [2]}), ("", {"a": 1, "b": [3]})], 0, "process 1 has b=[3], process"),
+    ],
+)
+def test_each_process_says_its_own_mistake_or_another_one_s(everyone, own, expected):
+    got = cluster.disagreement(everyone, own)
+    assert expected in got
+    assert bool(got) == bool(expected)
+
+
+def test_one_process_agrees_with_itself():
+    assert cluster.agree("", {"a": 1}) == ""
+    assert cluster.agree("no data", {}) == "no data"

@@ -129,19 +129,20 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def two_processes(workdir, cache, **config):
+def two_processes(workdir, cache, second=None, devices=(2, 2), **config):
+    """Start two; `second` is what only the other one is given."""
     port = free_port()
     return [
         TrainerProcess(
             workdir,
             cache,
-            environment={"JAX_NUM_CPU_DEVICES": "2"},
+            environment={"JAX_NUM_CPU_DEVICES": str(devices[index])},
             flags=(
                 f"--coordinator=127.0.0.1:{port}",
                 "--num_processes=2",
                 f"--process_id={index}",
             ),
-            **config,
+            **(config | (second or {}) if index else config),
         )
         for index in (0, 1)
     ]
@@ -201,6 +202,64 @@ def test_two_processes_train_on_streamed_photos_under_pmap(tmp_path):
     (*_, expected), (*_, got) = figures(tmp_path / "one"), figures(tmp_path / "two")
     assert got["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
     assert got["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (
+            {"second": {"epochs": 6, "optimizer__learning_rate": 0.1}},
+            [
+                "processes must be given the same: process 1 has epochs=6, optimizer.learning_rate=0.1,"
+            ]
+            * 2,
+        ),
+        (
+            {"second": {"batch_size": 4000}},
+            [
+                "process 1: `batch_size` must be at most the 1198 training examples, got 4000.",
+                "`batch_size` must be at most the 1198 training examples, got 4000.",
+            ],
+        ),
+        ({"devices": (1, 3)}, ["All processes must have as many devices, got 1, 3."] * 2),
+    ],
+)
+def test_a_mistake_on_one_process_is_told_by_both(tmp_path, options, lines):
+    both = two_processes(tmp_path / "run", tmp_path / "cache", **options)
+    for process, line in zip(both, lines, strict=True):
+        status, _, error = process.finish()
+        assert status == 2, error
+        assert f"train: {line}" in error
+        assert "Traceback" not in error
+
+
+def test_what_goes_wrong_on_one_process_ends_both_at_once(tmp_path):
+    photos = [
+        {
+            "image": encode(np.full((40, 50, 3), 9 * i, np.uint8)),
+            "label": i,
+            "file_name": f"{i}.png",
+        }
+        for i in range(24)
+    ]
+    broken = [record | {"image": record["image"][:60]} for record in photos]
+    prepare_photos(tmp_path / "whole", {"train": photos, "validation": photos[:4]})
+    prepare_photos(tmp_path / "broken", {"train": broken, "validation": photos[:4]})
+    settings = {
+        "network": "configs/imagenet.py:cnn",
+        "batch_size": 8,
+        "eval_batch_size": 4,
+        "augment__image_size": 32,
+        "augment__eval_resize": 36,
+        "data_dir": tmp_path / "whole",
+        "second": {"data_dir": tmp_path / "broken"},
+    }
+    both = two_processes(tmp_path / "run", tmp_path / "cache", **settings)
+    (status, _, error), (other_status, _, reason) = (process.finish(60) for process in both)
+    assert (status, other_status) == (1, 1)
+    assert "if another process has ended, it says why." in error
+    assert "cannot be decoded" in reason
+    assert "Traceback" not in reason
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):

@@ -1,11 +1,20 @@
 """Many hosts: one process each, the same command on all of them."""
 
+import collections
 import importlib.util
+import json
 import os
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+PATIENCE = 10.0  # seconds until one that waits for others says so
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -17,8 +26,9 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       coordinator: `host:port` of process 0, None to find out.
       num_processes, process_id: with a coordinator.
     Raises:
-      ValueError: some of the three are given and some are not, or one is no host:port or out of range; or a
-        SLURM job has several tasks, and this process is none of them.
+      ValueError: some of the three are given and some are not, or one is no host:port or out of range; a
+        SLURM job has several tasks, and this process is none of them; or processes differ in their devices.
+      OSError: JAX cannot connect them. Where one does not come JAX ends the others, after five minutes.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
@@ -32,12 +42,78 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
             raise ValueError(f"`--coordinator` must be host:port, got {coordinator!r}.")
         if not 0 <= process_id < num_processes:
             raise ValueError(f"`--process_id` must be in [0, {num_processes}), got {process_id}.")
-        devices = slurm_gpus(os.environ)
-        jax.distributed.initialize(coordinator, num_processes, process_id, devices)
+        _initialize(coordinator, num_processes, process_id, slurm_gpus(os.environ))
     elif (tasks := _slurm_tasks()) > 1 or _on_tpu():
         if tasks > 1 and "SLURM_STEP_NODELIST" not in os.environ:
             raise ValueError(f"This SLURM job has {tasks} tasks: start the command with `srun`.")
-        jax.distributed.initialize(local_device_ids=slurm_gpus(os.environ))
+        _initialize(local_device_ids=slurm_gpus(os.environ))
+
+
+def agree(mistake: str, facts: Mapping[str, Any]) -> str:
+    """Return what is wrong on any process, in one line that all of them get; "" if nothing is.
+
+    Without this, processes that were given different configs would train different networks together, and a
+    mistake on one of them would leave the others waiting.
+
+    Args:
+      mistake: of this process; "" if there is none.
+      facts: what must be equal on all processes, as JSON has it; looked at where nobody has a mistake.
+    """
+    if jax.process_count() == 1:
+        return mistake
+    everyone = [json.loads(text) for text in _gather(json.dumps([mistake, facts]))]
+    return disagreement(everyone, jax.process_index())
+
+
+def disagreement(everyone: Sequence[tuple[str, Mapping[str, Any]]], own: int) -> str:
+    """Return the line of `agree` for process `own`, from the mistakes and facts of all.
+
+    Example:
+      >>> disagreement([("", {"epochs": 2}), ("", {"epochs": 3})], own=0)
+      'processes must be given the same: process 1 has epochs=3, process 0 has epochs=2.'
+    """
+    order = sorted(range(len(everyone)), key=lambda i: (i != own, i))  # one's own mistake first
+    for i in order:
+        if mistake := everyone[i][0]:
+            return mistake if i == own else f"process {i}: {mistake}"
+    first = everyone[0][1]
+    for i, (_, facts) in enumerate(everyone):
+        names = [name for name in {**first, **facts} if facts.get(name) != first.get(name)]
+        if names:
+            have, should = (
+                ", ".join(f"{name}={json.dumps(each.get(name))}" for name in names)
+                for each in (facts, first)
+            )
+            return (
+                f"processes must be given the same: process {i} has {have}, process 0 has {should}."
+            )
+    return ""
+
+
+def _gather(text: str) -> list[str]:
+    """Return what each process says, in their order."""
+    said = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(said), np.int32))
+    rows = multihost_utils.process_allgather(np.pad(said, (0, int(sizes.max()) - len(said))))
+    pairs = zip(np.asarray(rows), sizes, strict=True)
+    return [row[:size].tobytes().decode() for row, size in pairs]
+
+
+def _initialize(*arguments: Any, **options: Any) -> None:
+    line = "train: waiting for the other processes, at most five minutes ..."
+    patience = threading.Timer(PATIENCE, print, [line], {"file": sys.stderr, "flush": True})
+    patience.start()
+    try:
+        jax.distributed.initialize(*arguments, **options)
+        devices = jax.devices()  # now, as what fails before would leave the others waiting for ours
+    except RuntimeError as error:
+        raise OSError(f"The processes cannot be connected: {error}") from error
+    finally:
+        patience.cancel()
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(str(counts[i]) for i in sorted(counts))
+        raise ValueError(f"All processes must have as many devices, got {listed}.")
 
 
 def slurm_gpus(environment: Mapping[str, str]) -> list[int] | None:

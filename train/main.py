@@ -13,11 +13,14 @@ for results that cannot be written; 2 for a mistake in the command, its config o
 one line that says what happened.
 """
 
+import dataclasses
 import logging as std_logging
 import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +55,82 @@ def main(argv: list[str]) -> int:
     if not FLAGS.compare:
         # Nothing is to be saved before training begins, and a compiler that Python interrupts crashes.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # ---- What to train: every mistake of the user's is found here.
     try:
         cluster.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-        _cache_programs(FLAGS.compilation_cache)
-        overrides = configs.overrides(argv[1:])
-        seeds = configs.seeds(FLAGS.seeds)
-        if FLAGS.compare:
-            sources = {norm: _with_norm(FLAGS.config, norm) for norm in FLAGS.compare}
-            chosen = {norm: configs.load(each, overrides) for norm, each in sources.items()}
-        elif seeds:
-            raise ValueError("`--seeds` is for `--compare`; a single run takes `--config.seed`.")
-        else:
-            config = configs.load(FLAGS.config, overrides)
-            chosen = {config.norm: config}
-        config = next(iter(chosen.values()))
-        examples = data.create(config)
-        trainers = {norm: loop.Trainer(config, examples) for norm, config in chosen.items()}
-        workdir = _workdir(FLAGS.workdir)
-        stop = stopping.Stop()
-        output = None if FLAGS.compare else Workdir(workdir, trainers[config.norm], stop, started)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return _complain(error, 2)
+    # ---- What to train: every mistake of the user's is found here, and told by all processes.
+    work, mistake, facts = None, "", {}
+    try:
+        work = _prepare(argv, started)
+        facts = work.facts()
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        mistake = _first_line(error)
+    if problem := cluster.agree(mistake, facts):
+        if work is not None:
+            work.examples.close()
+        return _complain(problem, 2)
+    assert work is not None
 
     # ---- Training.
     try:
-        if output is None:
-            return _compare(compare.Comparison(trainers, seeds or [config.seed]), workdir)
-        return _train(trainers[config.norm], output, stop)
+        if work.output is None:
+            return _compare(compare.Comparison(work.trainers, work.seeds), work.folder)
+        (trainer,) = work.trainers.values()
+        return _train(trainer, work.output, work.stop)
     except OtherRunError as error:
         return _complain(error, 2)
     except (data.DataError, OSError, DamagedError) as error:  # of what lies on disk
-        return _complain(error, 1)
+        return _leave(_complain(error, 1))
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            error = f"{_first_line(error)} - if another process has ended, it says why."
+        return _leave(_complain(error, 1))
     finally:
-        examples.close()
+        work.examples.close()
+
+
+@dataclasses.dataclass
+class _Work:
+    """What is to be done. `output` is None for a comparison."""
+
+    examples: data.Input
+    trainers: dict[str, loop.Trainer]
+    seeds: Sequence[int]
+    folder: Path
+    stop: stopping.Stop
+    output: Workdir | None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what all processes must have been given alike; where the data lie is each one's own."""
+        trainer = next(iter(self.trainers.values()))  # the only one: a comparison has one process
+        config = {k: v for k, v in configs.flat(trainer.config).items() if k != "data_dir"}
+        return config | self.examples.sizes()
+
+
+def _prepare(argv: list[str], started: float) -> _Work:
+    _cache_programs(FLAGS.compilation_cache)
+    overrides = configs.overrides(argv[1:])
+    seeds = configs.seeds(FLAGS.seeds)
+    if FLAGS.compare:
+        if jax.process_count() > 1:
+            raise ValueError(f"`--compare` is for one process, got {jax.process_count()}.")
+        sources = {norm: _with_norm(FLAGS.config, norm) for norm in FLAGS.compare}
+        chosen = {norm: configs.load(each, overrides) for norm, each in sources.items()}
+    elif seeds:
+        raise ValueError("`--seeds` is for `--compare`; a single run takes `--config.seed`.")
+    else:
+        config = configs.load(FLAGS.config, overrides)
+        chosen = {config.norm: config}
+    config = next(iter(chosen.values()))
+    examples = data.create(config)
+    trainers = {norm: loop.Trainer(config, examples) for norm, config in chosen.items()}
+    folder, stop = _workdir(FLAGS.workdir), stopping.Stop()
+    output = None if FLAGS.compare else Workdir(folder, trainers[config.norm], stop, started)
+    return _Work(examples, trainers, seeds or [config.seed], folder, stop, output)
 
 
 def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
@@ -173,7 +218,20 @@ def _workdir(name: str) -> Path:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"train: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+    print(f"train: {_first_line(error)}", file=sys.stderr)
+    return status
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _leave(status: int) -> int:
+    """End with a mistake that the other processes may not have: JAX would wait for them first, minutes."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -153,7 +153,7 @@ class Workdir(Output):
         assert self._checkpoints is not None
         meta = meta | {
             "wall_seconds": self._wall_seconds(),
-            "data": self._data(),
+            "data": self._trainer.data.sizes(),
             "notes": list(self._notes),
             "skipped": dict(self._all_skipped()),
         }
@@ -231,18 +231,9 @@ class Workdir(Output):
         """How often each image was passed over since the run began, by this process."""
         return self._skipped + collections.Counter(self._trainer.data.skipped)
 
-    def _data(self) -> dict[str, Any]:
-        data = self._trainer.data
-        return {
-            "train_size": data.train_size,
-            "test_size": data.test_size,
-            "num_classes": data.num_classes,
-            "image_shape": list(data.image_shape),
-        }
-
     def _check_data(self, old: dict[str, Any]) -> None:
         """Refuse other data than the checkpoints' run had; where it lies may change."""
-        if different := configs.differences(old, self._data()):
+        if different := configs.differences(old, self._trainer.data.sizes()):
             raise checkpoints.OtherRunError(
                 f"`workdir` {self.path} holds a run on other data; use another workdir, or a `data_dir` with "
                 f"that: {'; '.join(different)}"

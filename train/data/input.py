@@ -73,5 +73,14 @@ class Input(abc.ABC):
     def test_batch(self, arrays: Any, feed: Any) -> Batch:
         """Return an evaluation batch, or the part of it that `feed` holds; pure, inside jit."""
 
+    def sizes(self) -> dict[str, Any]:
+        """Return what tells these data from others, as JSON has it."""
+        return {
+            "train_size": self.train_size,
+            "test_size": self.test_size,
+            "num_classes": self.num_classes,
+            "image_shape": list(self.image_shape),
+        }
+
     def close(self) -> None:  # noqa: B027 - what holds nothing has nothing to release
         """Release threads and files."""
