@@ -129,12 +129,12 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def two_processes(workdir, cache, second=None, devices=(2, 2), **config):
-    """Start two; `second` is what only the other one is given."""
+def two_processes(workdir, cache, second=None, devices=(2, 2), elsewhere=None, **config):
+    """Start two; `second` is what only the other one is given, `elsewhere` its workdir."""
     port = free_port()
     return [
         TrainerProcess(
-            workdir,
+            (elsewhere or workdir) if index else workdir,
             cache,
             environment={"JAX_NUM_CPU_DEVICES": str(devices[index])},
             flags=(
@@ -170,6 +170,26 @@ def test_two_processes_train_as_one_does(tmp_path, parallel):
     )
     steps = [row["step"] for row in rows(tmp_path / "two") if "test_loss" not in row]
     assert steps == [4, 8, 12, 16], "one process writes, the other does not"
+
+
+def test_a_run_goes_on_in_two_processes_of_which_one_sees_the_workdir(tmp_path):
+    settings = {"epochs": 2, "optimizer__learning_rate": RATE, "eval_batch_size": 200, "seed": 1}
+    one = {"cache": tmp_path / "cache", "environment": {"JAX_NUM_CPU_DEVICES": "4"}}
+    TrainerProcess(tmp_path / "whole", **one, **settings).succeed()
+    begun = TrainerProcess(tmp_path / "run", **one, **settings)
+    begun.signal_after(9, signal.SIGTERM)
+    assert begun.finish()[0] == 128 + signal.SIGTERM
+    both = two_processes(
+        tmp_path / "run", one["cache"], elsewhere=tmp_path / "elsewhere", **settings
+    )
+    first, _ = (process.succeed() for process in both)
+    assert "Resuming at step" in first
+    assert not (tmp_path / "elsewhere").exists()
+    expected, got = (
+        load_weights(tmp_path / name / "model.safetensors")[0] for name in ("whole", "run")
+    )
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
 
 @pytest.mark.slow

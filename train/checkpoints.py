@@ -1,5 +1,7 @@
 """Checkpoints of a run: atomic, checked when they are read, kept until there are better ones.
 
+Of many processes the first alone has them: the state is the same on all, and none waits for another's disk.
+
 Orbax writes them in the background. It cannot tell a checkpoint that a failing disk has changed from a good
 one, so each carries a checksum of every array; one that is not whole is set aside, and the one before serves.
 """
@@ -23,6 +25,10 @@ from train import metrics
 Meta = dict[str, Any]
 
 FORMAT = 2  # of what a checkpoint holds besides arrays
+# Without this Orbax makes all processes meet at every turn.
+ALONE = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="netdeconv_jax"
+)
 EVALUATIONS = "evaluations.json"  # accuracies by step, of checkpoints that were written before them
 
 # What goes wrong is said here, in a line; Orbax' threads would add a page to each.
@@ -71,7 +77,7 @@ class OtherRunError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints `<folder>/<step>/` of one run. Arrays are NumPy's, on every process the same.
+    """The checkpoints `<folder>/<step>/` of one run, in process 0. Arrays are NumPy's.
 
     Args:
       folder: made if it is not there.
@@ -86,10 +92,14 @@ class Checkpoints:
         self._accuracies: dict[int, float] = {}
         self._late = _late_evaluations(self._folder)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._accuracies)])
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=kept, cleanup_tmp_directories=True
+                preservation_policy=kept,
+                cleanup_tmp_directories=True,
+                create=False,
+                multiprocessing_options=ALONE,
             ),
         )
         for step in self.steps():
@@ -114,10 +124,9 @@ class Checkpoints:
             if test_accuracy is None or step in self._accuracies:
                 return
             self._accuracies[step] = self._late[step] = test_accuracy
-            if jax.process_index() == 0:
-                text = json.dumps({str(one): value for one, value in self._late.items()})
-                file = self._folder / EVALUATIONS
-                self._tolerate(lambda: metrics.replace(file, text.encode()))
+            text = json.dumps({str(one): value for one, value in self._late.items()})
+            file = self._folder / EVALUATIONS
+            self._tolerate(lambda: metrics.replace(file, text.encode()))
             return
         if test_accuracy is not None:
             self._accuracies[step] = test_accuracy
@@ -221,9 +230,8 @@ class Checkpoints:
                 f"the checkpoint of step {self._newest} could not be written ({_reason(error)}); training "
                 "goes on without it."
             )
-            if jax.process_index() == 0:  # half of it would only make the disk fuller
-                for half in self._folder.glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(half, ignore_errors=True)
+            for half in self._folder.glob("*.orbax-checkpoint-tmp"):  # would make the disk fuller
+                shutil.rmtree(half, ignore_errors=True)
 
     def _raise_if_of_the_machine(self, step: int, error: Exception) -> None:
         """Raise what another try may not meet: good checkpoints must not be set aside for it.
@@ -249,11 +257,10 @@ class Checkpoints:
             f"the checkpoint of step {step} is damaged ({reason}); moved to {self._aside}, taking the "
             "one before."
         )
-        if jax.process_index() == 0:
-            self._aside.mkdir(exist_ok=True)
-            target = self._aside / str(step)
-            shutil.rmtree(target, ignore_errors=True)
-            (self._folder / str(step)).rename(target)
+        self._aside.mkdir(exist_ok=True)
+        target = self._aside / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        (self._folder / str(step)).rename(target)
         self._manager.reload()
 
 

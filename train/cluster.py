@@ -90,6 +90,25 @@ def disagreement(everyone: Sequence[tuple[str, Mapping[str, Any]]], own: int) ->
     return ""
 
 
+def from_first(result: tuple[Any, Any] | None, like: Any) -> tuple[Any, Any] | None:
+    """Return on every process what process 0 has: a tree of arrays, bit by bit, and what JSON can hold.
+
+    Args:
+      result: of process 0; what another one gives is not looked at.
+      like: a tree of the arrays' shapes and dtypes.
+    """
+    if jax.process_count() == 1:
+        return result
+    more = json.loads(_gather(json.dumps(result and result[1]))[0])
+    if more is None:
+        return None
+    tree = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like) if result is None else result[0]
+    # As bytes: a sum, by which they are sent, would lose the sign of a zero.
+    sent = jax.tree.map(lambda x: np.atleast_1d(np.ascontiguousarray(x)).view(np.uint8), tree)
+    sent = multihost_utils.broadcast_one_to_all(sent)
+    return jax.tree.map(lambda x, y: np.array(y).view(x.dtype).reshape(x.shape), like, sent), more
+
+
 def _gather(text: str) -> list[str]:
     """Return what each process says, in their order."""
     said = np.frombuffer(text.encode(), np.uint8)

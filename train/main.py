@@ -13,6 +13,7 @@ for results that cannot be written; 2 for a mistake in the command, its config o
 one line that says what happened.
 """
 
+import contextlib
 import dataclasses
 import logging as std_logging
 import os
@@ -30,6 +31,7 @@ from absl import app, flags, logging
 from train import cluster, compare, data, loop, stopping
 from train import config as configs
 from train.checkpoints import DamagedError, OtherRunError
+from train.data.prepared import expanded
 from train.workdir import Workdir
 
 FLAGS = flags.FLAGS
@@ -66,7 +68,16 @@ def main(argv: list[str]) -> int:
         facts = work.facts()
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         mistake = _first_line(error)
-    if problem := cluster.agree(mistake, facts):
+    except Exception as error:  # the others wait for this one
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        mistake = f"{type(error).__name__}: {_first_line(error)}"
+    try:
+        problem = cluster.agree(mistake, facts)
+    except jax.errors.JaxRuntimeError as error:
+        return _leave(_complain(f"The processes did not meet: {_first_line(error)}", 1))
+    if problem:
         if work is not None:
             work.examples.close()
         return _complain(problem, 2)
@@ -209,9 +220,10 @@ def _workdir(name: str) -> Path:
     """Return the folder `name`, made if it is not there."""
     if not name:  # of a variable that is not set; the current folder is `.`
         raise ValueError("`--workdir` must name a folder, got ''.")
-    folder = Path(name).expanduser()
+    folder = expanded(name, "--workdir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"`--workdir` {folder} cannot be made: {error.strerror}.") from error
     return folder
@@ -238,7 +250,8 @@ def _leave(status: int) -> int:
 def _cache_programs(folder: str) -> None:
     """Keep compiled programs, so that a run that is resumed compiles nothing."""
     if folder and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        with contextlib.suppress(RuntimeError):  # who has no home gets no cache
+            jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

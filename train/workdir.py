@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import jax
 
 from netdeconv_jax.interop.weights import save_weights
-from train import checkpoints, diagnostics, metrics
+from train import checkpoints, cluster, diagnostics, metrics
 from train import config as configs
 from train.curves import NORMS
 from train.output import Output
@@ -47,23 +47,24 @@ class Workdir(Output):
       OSError: the folder cannot be written to, or has no room for the checkpoints of the run.
     """
 
-    saves = True
-
     # What a finished run should have left and did not, by name.
     lost: tuple[str, ...] = ()
 
     def __init__(self, path: Path, trainer: "Trainer", stop: Stop, started: float | None = None):
         self.path, self._trainer, self._stop = path, trainer, stop
         self._config = trainer.config
-        self.active = jax.process_index() == 0
+        self.active = self.saves = jax.process_index() == 0
         self._checkpoints: checkpoints.Checkpoints | None = None
         self._progress: Progress | None = None
         self._notes: list[str] = []
         self._skipped: collections.Counter[str] = collections.Counter()  # before this session
         self._started: float | None = started
+        self._locked: IO[str] | None = None
+        if not self.active:
+            return
         path.mkdir(parents=True, exist_ok=True)
         checkpoints.check_space(path, trainer.state_shapes, self._config.checkpoint.keep)
-        self._locked = self._lock() if self.active else None
+        self._locked = self._lock()
         try:
             self._check_config()
         except BaseException:
@@ -72,12 +73,8 @@ class Workdir(Output):
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """See `Output`."""
-        self._checkpoints = checkpoints.Checkpoints(
-            self.path / "checkpoints", self._config.checkpoint.keep, self.warn
-        )
-        restored = self._checkpoints.restore(like)
+        restored = self._read(like)
         if restored is not None:
-            self._check_data(restored[1]["data"])
             self._notes = [*restored[1]["notes"], *self._notes]
             self._skipped = collections.Counter(restored[1]["skipped"])
         step = 0 if restored is None else int(restored[0].step)
@@ -97,6 +94,26 @@ class Workdir(Output):
             self._clock -= restored[1]["wall_seconds"]
             self.say(f"Resuming at step {step} of {self._trainer.total_steps}.")
         return restored
+
+    def _read(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """Return what process 0 has read, or raise on all processes what it met."""
+        restored, mistake = None, None
+        if self.active:
+            try:
+                self._checkpoints = checkpoints.Checkpoints(
+                    self.path / "checkpoints", self._config.checkpoint.keep, self.warn
+                )
+                restored = self._checkpoints.restore(like)
+                if restored is not None:
+                    self._check_data(restored[1]["data"])
+            except (checkpoints.DamagedError, checkpoints.OtherRunError, OSError) as error:
+                mistake = error
+        problem = cluster.agree("" if mistake is None else str(mistake), {})
+        if mistake is not None:
+            raise mistake
+        if problem:
+            raise OSError(problem)
+        return cluster.from_first(restored, like)
 
     def stop_requested(self, step: int) -> int | None:
         """See `Output`."""
@@ -150,7 +167,8 @@ class Workdir(Output):
 
     def save(self, step: int, state: Any, meta: dict[str, Any], row: dict[str, Any] | None) -> None:
         """See `Output`."""
-        assert self._checkpoints is not None
+        if self._checkpoints is None:  # those of process 0
+            return
         meta = meta | {
             "wall_seconds": self._wall_seconds(),
             "data": self._trainer.data.sizes(),
@@ -195,9 +213,10 @@ class Workdir(Output):
 
     def close(self) -> None:
         """Wait until everything is on disk, and give the folder free."""
-        if self._checkpoints is not None and self._progress is not None:
-            self._progress.close()
+        if self._checkpoints is not None:
             self._checkpoints.close()
+        if self._progress is not None:
+            self._progress.close()
             self._events.close()
         if self._locked is not None:
             self._locked.close()
@@ -256,9 +275,8 @@ class Workdir(Output):
                     f"`workdir` {self.path} holds a run with another config; use another workdir, or set "
                     f"these back: {'; '.join(different)}"
                 )
-        if self.active:
-            metrics.replace(file, _json(new))
-            (self.path / "nonfinite.json").unlink(missing_ok=True)
+        metrics.replace(file, _json(new))
+        (self.path / "nonfinite.json").unlink(missing_ok=True)
 
     def _lock(self) -> IO[str]:
         """Keep the folder for this process until it closes the file or ends, however it ends."""

@@ -14,10 +14,22 @@ class DataError(ValueError):
     """Data that is there and cannot be read."""
 
 
+def expanded(path: str, argument: str) -> Path:
+    """Return a path with its `~` filled in.
+
+    Raises:
+      ValueError: there is no such user or no home; the message names `argument`.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"`{argument}` {path} cannot be found: {error}") from error
+
+
 def root(data_dir: str) -> Path:
     """Return the folder that `data_dir` means: TFDS's default if it is empty, as TFDS resolves it."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return Path(data_dir).expanduser().absolute()
+    return expanded(data_dir, "data_dir").absolute()
 
 
 def find(name: str, data_dir: str) -> Path | None:

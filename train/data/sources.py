@@ -110,7 +110,7 @@ def load_dataset(name: str, data_dir: str = "") -> Dataset:
     if name not in TABLE:
         raise ValueError(f"`dataset` must be one of {('digits', *TABLE)}, got {name!r}.")
     entry = TABLE[name]
-    file = Path(data_dir).expanduser()
+    file = prepared.expanded(data_dir, "data_dir")
     if file.suffix != ".npz":
         file = prepared.root(data_dir) / f"{name}.npz"
     if file.is_file():
