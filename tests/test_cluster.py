@@ -48,23 +48,39 @@ def test_a_job_of_several_tasks_must_be_started_by_srun(monkeypatch):
         cluster.connect(None, None, None)
 
 
+SAME = "processes must be given the same:"
+
+
 @pytest.mark.parametrize(
     ("everyone", "own", "expected"),
     [
-        ([("", {"a": 1}), ("", {"a": 1})], 0, ""),
-        ([("", {}), ("no data", {})], 0, "process 1: no data"),
-        ([("", {}), ("no data", {})], 1, "no data"),
-        ([("here too", {}), ("no data", {})], 1, "no data"),
-        ([("", {"a": 1}), ("", {})], 1, "process 1 has a=null, process 0 has a=1."),
-        ([("", {"a": 1, "b": [2]}), ("", {"a": 1, "b": [3]})], 0, "process 1 has b=[3], process"),
+        ([("", 2, {"a": 1}), ("", 2, {"a": 1})], 0, ("", 0)),
+        ([("", 2, {}), ("no data", 1, {})], 0, ("process 1: no data", 1)),
+        ([("", 2, {}), ("no data", 1, {})], 1, ("no data", 1)),
+        ([("here too", 2, {}), ("no data", 1, {})], 1, ("no data", 1)),
+        (
+            [("", 2, {"a": 1}), ("", 2, {})],
+            1,
+            (f"{SAME} process 1 has a=null, process 0 has a=1.", 2),
+        ),
+        (
+            [("", 2, {"a": 1, "b": [2]}), ("", 2, {"a": 1, "b": [3]})],
+            0,
+            (f"{SAME} process 1 has b=[3], process 0 has b=[2].", 2),
+        ),
     ],
 )
 def test_each_process_says_its_own_mistake_or_another_one_s(everyone, own, expected):
-    got = cluster.disagreement(everyone, own)
-    assert expected in got
-    assert bool(got) == bool(expected)
+    assert cluster.disagreement(everyone, own) == expected
 
 
-def test_one_process_agrees_with_itself():
-    assert cluster.agree("", {"a": 1}) == ""
-    assert cluster.agree("no data", {}) == "no data"
+def test_one_process_has_only_itself_to_agree_with():
+    def wrong(error):
+        raise error
+
+    assert cluster.together(lambda: 3, facts=lambda result: {"a": result}) == 3
+    with pytest.raises(cluster.AgreedError, match=r"^no data$") as caught:
+        cluster.together(lambda: wrong(OSError("no data\nmore")), (OSError,), lambda error: 7)
+    assert caught.value.status == 7
+    with pytest.raises(ZeroDivisionError):
+        cluster.together(lambda: wrong(ZeroDivisionError()), (OSError,))

@@ -191,6 +191,18 @@ def test_a_run_goes_on_in_two_processes_of_which_one_sees_the_workdir(tmp_path):
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
+    for file in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    both = two_processes(
+        tmp_path / "run", one["cache"], elsewhere=tmp_path / "elsewhere", **settings
+    )
+    ends = [process.finish(60) for process in both]
+    assert [status for status, _, _ in ends] == [1, 1]
+    assert "train: No checkpoint in" in ends[0][2]
+    assert "train: process 0: No checkpoint in" in ends[1][2]
+    assert "Traceback" not in ends[1][2]
+
 
 @pytest.mark.slow
 def test_two_processes_train_on_streamed_photos_under_pmap(tmp_path):

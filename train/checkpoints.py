@@ -64,6 +64,13 @@ class _Best(policies.PreservationPolicy):
         return [c.step == best for c in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Never asks whether to stop: JAX counts who asks and when, and the loop does."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class DamagedError(Exception):
     """No checkpoint of a run can be read."""
 
@@ -93,7 +100,7 @@ class Checkpoints:
         self._late = _late_evaluations(self._folder)
         kept = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(self._accuracies)])
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=kept,

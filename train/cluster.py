@@ -6,13 +6,16 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+Result = TypeVar("Result")
 
 PATIENCE = 10.0  # seconds until one that waits for others says so
 
@@ -49,45 +52,90 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         _initialize(local_device_ids=slurm_gpus(os.environ))
 
 
-def agree(mistake: str, facts: Mapping[str, Any]) -> str:
-    """Return what is wrong on any process, in one line that all of them get; "" if nothing is.
+class AgreedError(Exception):
+    """What went wrong on one process or several, in a line, on all of them.
 
-    Without this, processes that were given different configs would train different networks together, and a
-    mistake on one of them would leave the others waiting.
+    Attributes:
+      status: to exit with.
+    """
+
+    def __init__(self, line: str, status: int):
+        super().__init__(line)
+        self.status = status
+
+
+def together(
+    do: Callable[[], Result],
+    foreseen: tuple[type[Exception], ...] = (),
+    status: Callable[[Exception], int] = lambda error: 1,
+    facts: Callable[[Result], Mapping[str, Any]] = lambda result: {},
+) -> Result:
+    """Return what `do` returns here, once it is done on all processes and went wrong on none.
+
+    Without this, processes that were given different configs would train different networks together, and
+    what goes wrong on one of them would leave the others waiting.
 
     Args:
-      mistake: of this process; "" if there is none.
-      facts: what must be equal on all processes, as JSON has it; looked at where nobody has a mistake.
+      do: waits for no other process.
+      foreseen: errors that say all in their first line; others, of one process alone, are raised as they are.
+      status: to exit with after an error.
+      facts: what must be equal on all processes, as JSON has it.
+    Raises:
+      AgreedError: on all processes.
     """
-    if jax.process_count() == 1:
-        return mistake
-    everyone = [json.loads(text) for text in _gather(json.dumps([mistake, facts]))]
-    return disagreement(everyone, jax.process_index())
+    mistake, code, given, cause = "", 2, {}, None
+    result: Any = None
+    try:
+        result = do()
+        given = facts(result)
+    except Exception as error:
+        mistake, code, cause = first_line(error), status(error), error
+        if not isinstance(error, foreseen):
+            if jax.process_count() == 1:
+                raise
+            traceback.print_exc()
+            mistake = f"{type(error).__name__}: {mistake}"
+    everyone = [json.loads(text) for text in _gather(json.dumps([mistake, code, given]))]
+    line, code = disagreement(everyone, jax.process_index())
+    if line:
+        raise AgreedError(line, code) from cause
+    return result
 
 
-def disagreement(everyone: Sequence[tuple[str, Mapping[str, Any]]], own: int) -> str:
-    """Return the line of `agree` for process `own`, from the mistakes and facts of all.
+def disagreement(
+    everyone: Sequence[tuple[str, int, Mapping[str, Any]]], own: int
+) -> tuple[str, int]:
+    """Return the line of an `AgreedError` for process `own`, "" for none, and the status.
+
+    Args:
+      everyone: of each process its mistake or "", the status to exit with for it, and its facts.
+      own: says its own mistake rather than another one's.
 
     Example:
-      >>> disagreement([("", {"epochs": 2}), ("", {"epochs": 3})], own=0)
+      >>> line, _ = disagreement([("", 2, {"epochs": 2}), ("", 2, {"epochs": 3})], own=0)
+      >>> line
       'processes must be given the same: process 1 has epochs=3, process 0 has epochs=2.'
     """
-    order = sorted(range(len(everyone)), key=lambda i: (i != own, i))  # one's own mistake first
-    for i in order:
-        if mistake := everyone[i][0]:
-            return mistake if i == own else f"process {i}: {mistake}"
-    first = everyone[0][1]
-    for i, (_, facts) in enumerate(everyone):
+    for i in sorted(range(len(everyone)), key=lambda i: (i != own, i)):
+        mistake, status, _ = everyone[i]
+        if mistake:
+            return mistake if i == own else f"process {i}: {mistake}", status
+    first = everyone[0][2]
+    for i, (_, _, facts) in enumerate(everyone):
         names = [name for name in {**first, **facts} if facts.get(name) != first.get(name)]
         if names:
             have, should = (
                 ", ".join(f"{name}={json.dumps(each.get(name))}" for name in names)
                 for each in (facts, first)
             )
-            return (
-                f"processes must be given the same: process {i} has {have}, process 0 has {should}."
-            )
-    return ""
+            given = f"process {i} has {have}, process 0 has {should}."
+            return f"processes must be given the same: {given}", 2
+    return "", 0
+
+
+def first_line(error: object) -> str:
+    """Return the first line of a message; the error's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def from_first(result: tuple[Any, Any] | None, like: Any) -> tuple[Any, Any] | None:
@@ -111,6 +159,8 @@ def from_first(result: tuple[Any, Any] | None, like: Any) -> tuple[Any, Any] | N
 
 def _gather(text: str) -> list[str]:
     """Return what each process says, in their order."""
+    if jax.process_count() == 1:
+        return [text]
     said = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(said), np.int32))
     rows = multihost_utils.process_allgather(np.pad(said, (0, int(sizes.max()) - len(said))))

@@ -30,7 +30,6 @@ from absl import app, flags, logging
 
 from train import cluster, compare, data, loop, stopping
 from train import config as configs
-from train.checkpoints import DamagedError, OtherRunError
 from train.data.prepared import expanded
 from train.workdir import Workdir
 
@@ -61,47 +60,33 @@ def main(argv: list[str]) -> int:
         cluster.connect(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     except (ValueError, OSError) as error:
         return _complain(error, 2)
-    # ---- What to train: every mistake of the user's is found here, and told by all processes.
-    work, mistake, facts = None, "", {}
     try:
-        work = _prepare(argv, started)
-        facts = work.facts()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        mistake = _first_line(error)
-    except Exception as error:  # the others wait for this one
-        if jax.process_count() == 1:
-            raise
-        traceback.print_exc()
-        mistake = f"{type(error).__name__}: {_first_line(error)}"
-    try:
-        problem = cluster.agree(mistake, facts)
-    except jax.errors.JaxRuntimeError as error:
-        return _leave(_complain(f"The processes did not meet: {_first_line(error)}", 1))
-    if problem:
-        if work is not None:
+        # ---- What to train: every mistake of the user's is found here.
+        work = cluster.together(
+            lambda: _prepare(argv, started),
+            foreseen=(ValueError, TypeError, OSError, ModuleNotFoundError),
+            status=lambda error: 2,
+            facts=_Work.facts,
+        )
+        # ---- Training.
+        try:
+            if work.output is None:
+                return _compare(compare.Comparison(work.trainers, work.seeds), work.folder)
+            (trainer,) = work.trainers.values()
+            return _train(trainer, work.output, work.stop)
+        finally:
             work.examples.close()
-        return _complain(problem, 2)
-    assert work is not None
-
-    # ---- Training.
-    try:
-        if work.output is None:
-            return _compare(compare.Comparison(work.trainers, work.seeds), work.folder)
-        (trainer,) = work.trainers.values()
-        return _train(trainer, work.output, work.stop)
-    except OtherRunError as error:
-        return _complain(error, 2)
-    except (data.DataError, OSError, DamagedError) as error:  # of what lies on disk
+    except cluster.AgreedError as error:
+        return _complain(error, error.status)
+    except (data.DataError, OSError) as error:  # of what lies on disk
         return _leave(_complain(error, 1))
     except Exception as error:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
         if isinstance(error, jax.errors.JaxRuntimeError):
-            error = f"{_first_line(error)} - if another process has ended, it says why."
+            error = f"{cluster.first_line(error)} - if another process has ended, it says why."
         return _leave(_complain(error, 1))
-    finally:
-        work.examples.close()
 
 
 @dataclasses.dataclass
@@ -154,6 +139,7 @@ def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
                 pass
     except stopping.Stopped as stopped:
         workdir.close()
+        cluster.together(lambda: None)  # or JAX would give process 0 five minutes to write
         workdir.say(f"{stopped} The same command goes on from there.")
         return stopped.exit_status
     except loop.NonFiniteLossError as error:
@@ -165,9 +151,7 @@ def _train(trainer: loop.Trainer, workdir: Workdir, stop: stopping.Stop) -> int:
         return _complain(f"{error}{layers} A lower learning rate may help.", 1)
     finally:
         workdir.close()
-    if workdir.lost:
-        lost = " and ".join(workdir.lost)
-        return _complain(f"{lost} could not be written; the same command tries again.", 1)
+    cluster.together(workdir.check_lost, foreseen=(OSError,))
     workdir.say(f"Done: {workdir.path / 'report.html'}")
     return 0
 
@@ -230,12 +214,8 @@ def _workdir(name: str) -> Path:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"train: {_first_line(error)}", file=sys.stderr)
+    print(f"train: {cluster.first_line(error)}", file=sys.stderr)
     return status
-
-
-def _first_line(error: object) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _leave(status: int) -> int:

@@ -73,7 +73,12 @@ class Workdir(Output):
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """See `Output`."""
-        restored = self._read(like)
+        restored = cluster.together(
+            lambda: self._read(like),
+            foreseen=(checkpoints.DamagedError, checkpoints.OtherRunError, OSError),
+            status=lambda error: 2 if isinstance(error, checkpoints.OtherRunError) else 1,
+        )
+        restored = cluster.from_first(restored, like)
         if restored is not None:
             self._notes = [*restored[1]["notes"], *self._notes]
             self._skipped = collections.Counter(restored[1]["skipped"])
@@ -96,24 +101,15 @@ class Workdir(Output):
         return restored
 
     def _read(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Return what process 0 has read, or raise on all processes what it met."""
-        restored, mistake = None, None
-        if self.active:
-            try:
-                self._checkpoints = checkpoints.Checkpoints(
-                    self.path / "checkpoints", self._config.checkpoint.keep, self.warn
-                )
-                restored = self._checkpoints.restore(like)
-                if restored is not None:
-                    self._check_data(restored[1]["data"])
-            except (checkpoints.DamagedError, checkpoints.OtherRunError, OSError) as error:
-                mistake = error
-        problem = cluster.agree("" if mistake is None else str(mistake), {})
-        if mistake is not None:
-            raise mistake
-        if problem:
-            raise OSError(problem)
-        return cluster.from_first(restored, like)
+        if not self.active:
+            return None
+        self._checkpoints = checkpoints.Checkpoints(
+            self.path / "checkpoints", self._config.checkpoint.keep, self.warn
+        )
+        restored = self._checkpoints.restore(like)
+        if restored is not None:
+            self._check_data(restored[1]["data"])
+        return restored
 
     def stop_requested(self, step: int) -> int | None:
         """See `Output`."""
@@ -210,6 +206,12 @@ class Workdir(Output):
                 command=" ".join(["python -m train.main", *sys.argv[1:]]),
             ),
         )
+
+    def check_lost(self) -> None:
+        """Raise OSError if the run should have left something that it could not write."""
+        if self.lost:
+            lost = " and ".join(self.lost)
+            raise OSError(f"{lost} could not be written; the same command tries again.")
 
     def close(self) -> None:
         """Wait until everything is on disk, and give the folder free."""
