@@ -22,6 +22,11 @@ CHEAP = REPRESENTATIVES[:-1]  # two minutes less
 QUICK = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 
 
+MAIN_NORMS = [
+    pytest.param(n, marks=() if n in ("batch", "deconv") else pytest.mark.slow) for n in NORMS
+]
+
+
 def slow_unless(names):
     return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in NAMES]
 
@@ -100,7 +105,7 @@ def test_shapes_of_every_network_with_every_norm(name, norm):
     assert bool(state) == (norm != "none")
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", MAIN_NORMS)
 @pytest.mark.parametrize("name", slow_unless(CHEAP))
 def test_a_narrow_network_trains_and_evaluates_on_eight_devices(name, norm):
     model, variables, x, labels = small(name, norm)
@@ -109,7 +114,7 @@ def test_a_narrow_network_trains_and_evaluates_on_eight_devices(name, norm):
 
 @pytest.mark.parametrize(
     "norm",
-    [pytest.param(n, marks=() if n in ("batch", "deconv") else pytest.mark.slow) for n in NORMS],
+    MAIN_NORMS,
 )
 @pytest.mark.parametrize("name", slow_unless(CHEAP))
 def test_a_narrow_network_trains_and_evaluates_in_bfloat16(name, norm):

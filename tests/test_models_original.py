@@ -22,7 +22,6 @@ SMALL_TRAINED = (
     "preact_resnet18_batch",
     "senet18_batch",
     "pnasnet_a_batch",
-    "resnet18_imagenet_deconv",
 )
 TYPES = {
     "Conv2d": "conv",

@@ -148,55 +148,57 @@ def two_processes(workdir, cache, second=None, devices=(2, 2), elsewhere=None, *
     ]
 
 
-@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does(tmp_path, parallel):
-    # Of seeds 0 to 2 this one and 2 flip no ReLU; with 0 one does in step 7 under pmap, which shows as 2e-5.
-    settings = {"epochs": 1, "optimizer__learning_rate": RATE, "eval_batch_size": 200, "seed": 1}
-    one = TrainerProcess(
-        tmp_path / "one", tmp_path / "cache", environment={"JAX_NUM_CPU_DEVICES": "4"}, **settings
-    )
-    one.succeed()
-    both = two_processes(tmp_path / "two", tmp_path / "cache", parallel=parallel, **settings)
-    for process in both:
-        process.succeed()
-    expected, got = (
-        load_weights(tmp_path / name / "model.safetensors")[0] for name in ("one", "two")
-    )
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+# Of seeds 0 to 2 this one and 2 flip no ReLU; with 0 one does in step 7 under pmap, which shows as 2e-5.
+SHARED = {"epochs": 2, "optimizer__learning_rate": RATE, "eval_batch_size": 200, "seed": 1}
+FOUR = {"JAX_NUM_CPU_DEVICES": "4"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, cache):
+    """The workdir of a run in one process with four devices."""
+    folder = tmp_path_factory.mktemp("one")
+    TrainerProcess(folder, cache, environment=FOUR, **SHARED).succeed()
+    return folder
+
+
+def assert_same_model(workdir, expected):
+    trees = [load_weights(folder / "model.safetensors")[0] for folder in (expected, workdir)]
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         scale = max(1.0, float(np.abs(a).max()))
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
-    assert figures(tmp_path / "two")[-1]["test_loss"] == pytest.approx(
-        figures(tmp_path / "one")[-1]["test_loss"], abs=1e-5
-    )
-    steps = [row["step"] for row in rows(tmp_path / "two") if "test_loss" not in row]
-    assert steps == [4, 8, 12, 16], "one process writes, the other does not"
+    (*_, first), (*_, second) = figures(expected), figures(workdir)
+    assert second["test_loss"] == pytest.approx(first["test_loss"], abs=1e-5)
 
 
-def test_a_run_goes_on_in_two_processes_of_which_one_sees_the_workdir(tmp_path):
-    settings = {"epochs": 2, "optimizer__learning_rate": RATE, "eval_batch_size": 200, "seed": 1}
-    one = {"cache": tmp_path / "cache", "environment": {"JAX_NUM_CPU_DEVICES": "4"}}
-    TrainerProcess(tmp_path / "whole", **one, **settings).succeed()
-    begun = TrainerProcess(tmp_path / "run", **one, **settings)
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("pmap", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(tmp_path, cache, one_process, parallel):
+    for process in two_processes(tmp_path, cache, parallel=parallel, **SHARED):
+        process.succeed()
+    assert_same_model(tmp_path, one_process)
+    steps = [row["step"] for row in rows(tmp_path) if "test_loss" not in row]
+    assert steps == list(range(4, 37, 4)), "one process writes, the other does not"
+
+
+def test_a_run_goes_on_in_two_processes_of_which_one_sees_the_workdir(tmp_path, cache, one_process):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    begun = TrainerProcess(run, cache, environment=FOUR, **SHARED)
     begun.signal_after(9, signal.SIGTERM)
     assert begun.finish()[0] == 128 + signal.SIGTERM
-    both = two_processes(
-        tmp_path / "run", one["cache"], elsewhere=tmp_path / "elsewhere", **settings
-    )
+    both = two_processes(run, cache, elsewhere=elsewhere, **SHARED)
     first, _ = (process.succeed() for process in both)
     assert "Resuming at step" in first
-    assert not (tmp_path / "elsewhere").exists()
-    expected, got = (
-        load_weights(tmp_path / name / "model.safetensors")[0] for name in ("whole", "run")
-    )
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(a).max())))
+    assert not elsewhere.exists()
+    assert_same_model(run, one_process)
 
-    for file in (tmp_path / "run" / "checkpoints").rglob("*"):
+    for file in (run / "checkpoints").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    both = two_processes(
-        tmp_path / "run", one["cache"], elsewhere=tmp_path / "elsewhere", **settings
-    )
+    both = two_processes(run, cache, elsewhere=elsewhere, **SHARED)
     ends = [process.finish(60) for process in both]
     assert [status for status, _, _ in ends] == [1, 1]
     assert "train: No checkpoint in" in ends[0][2]
