@@ -294,7 +294,9 @@ def test_a_dataset_cannot_be_changed_in_place():
 SIZES = {"mnist": (60000, 10000), "fashion_mnist": (60000, 10000), "cifar10": (50000, 10000)}
 
 
-@pytest.mark.skipif(not REAL, reason="NETDECONV_DATA names no folder of real datasets")
+@pytest.mark.skipif(
+    not REAL, reason="real datasets are not shipped: NETDECONV_DATA names their folder"
+)
 def test_the_real_datasets_are_read_in_seconds_and_have_the_constants_of_the_table():
     found = [name for name in SIZES if prepared.find(name, REAL)]
     assert found

@@ -475,7 +475,9 @@ def test_where_no_crop_fits_the_largest_central_one_is_taken(shape):
     assert abs(2 * crop.left + crop.width - width) <= 1
 
 
-@pytest.mark.skipif(not REAL, reason="NETDECONV_DATA names no folder of real datasets")
+@pytest.mark.skipif(
+    not REAL, reason="real datasets are not shipped: NETDECONV_DATA names their folder"
+)
 def test_real_photos_are_cropped_as_pil_does_it():
     source = Streamed("imagenet2012", REAL, batch_size=16, eval_batch_size=8)
     feeds = list(source.test_feeds())

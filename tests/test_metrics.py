@@ -109,7 +109,9 @@ def test_a_folder_in_the_way_is_told_of_once_and_training_goes_on(path, told):
     assert "no row is missing" in told[1]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="this system has no /dev/full to write to"
+)
 def test_a_full_disk_is_told_of_and_raises_nothing(tmp_path, told):
     path = tmp_path / "metrics.jsonl"
     log = metrics.JsonLines(path)

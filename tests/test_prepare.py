@@ -251,7 +251,7 @@ def add(archive, name, content):
 
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None,
-    reason="TFDS's ImageNet builder needs TensorFlow",
+    reason="TFDS's ImageNet builder needs TensorFlow, which only the extra `prepare` installs",
 )
 def test_imagenet_comes_out_of_its_archives(tmp_path, capsys):
     synsets = ["n01440764", "n01443537"]

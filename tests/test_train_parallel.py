@@ -123,6 +123,24 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
         trained(batch_size=60)
 
 
+STREAMED = {
+    "network": "configs/imagenet.py:cnn",
+    "batch_size": 8,
+    "eval_batch_size": 4,
+    "augment__image_size": 32,
+    "augment__eval_resize": 36,
+}
+
+
+def plain_photos(count):
+    """Records of ImageNet, each of one shade of grey."""
+    images = (np.full((40, 50, 3), 9 * i, np.uint8) for i in range(count))
+    return [
+        {"image": encode(image), "label": i, "file_name": f"{i}.png"}
+        for i, image in enumerate(images)
+    ]
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -208,23 +226,12 @@ def test_a_run_goes_on_in_two_processes_of_which_one_sees_the_workdir(tmp_path, 
 
 @pytest.mark.slow
 def test_two_processes_train_on_streamed_photos_under_pmap(tmp_path):
-    shades = [
-        {
-            "image": encode(np.full((40, 50 + i, 3), 9 * i, np.uint8)),
-            "label": i,
-            "file_name": f"{i}.png",
-        }
-        for i in range(25)
-    ]
+    shades = plain_photos(25)
     prepare_photos(tmp_path, {"train": shades, "validation": shades[:9]})
     settings = {
-        "network": "configs/imagenet.py:cnn",
+        **STREAMED,
         "data_dir": tmp_path,
         "epochs": 2,
-        "batch_size": 8,
-        "eval_batch_size": 4,
-        "augment__image_size": 32,
-        "augment__eval_resize": 36,
         "optimizer__learning_rate": RATE,
         "log__diagnostics_every_steps": 2,
     }
@@ -268,23 +275,12 @@ def test_a_mistake_on_one_process_is_told_by_both(tmp_path, options, lines):
 
 
 def test_what_goes_wrong_on_one_process_ends_both_at_once(tmp_path):
-    photos = [
-        {
-            "image": encode(np.full((40, 50, 3), 9 * i, np.uint8)),
-            "label": i,
-            "file_name": f"{i}.png",
-        }
-        for i in range(24)
-    ]
+    photos = plain_photos(24)
     broken = [record | {"image": record["image"][:60]} for record in photos]
     prepare_photos(tmp_path / "whole", {"train": photos, "validation": photos[:4]})
     prepare_photos(tmp_path / "broken", {"train": broken, "validation": photos[:4]})
     settings = {
-        "network": "configs/imagenet.py:cnn",
-        "batch_size": 8,
-        "eval_batch_size": 4,
-        "augment__image_size": 32,
-        "augment__eval_resize": 36,
+        **STREAMED,
         "data_dir": tmp_path / "whole",
         "second": {"data_dir": tmp_path / "broken"},
     }
