@@ -1,4 +1,4 @@
-"""im2col as strided slices, against lookups pixel by pixel, XLA's own patches and nn.Conv."""
+"""im2col, against lookups pixel by pixel, XLA's own patches and nn.Conv."""
 
 import functools
 import re
@@ -39,6 +39,12 @@ GEOMETRIES = {
     "2d input dilation": ((3, 4), (3, 2), (2, 1), ((1, 2), (0, 1)), (2, 3), (1, 1)),
     "2d both dilations": ((3, 4), (2, 3), (1, 2), ((2, 1), (2, 2)), (2, 3), (2, 2)),
     "2d cropping": ((7, 6), (3, 3), (1, 1), ((-1, 0), (1, -2)), (1, 1), (1, 1)),
+    "1d windows apart": ((11,), (3,), (4,), "SAME", (1,), (1,)),
+    "2d windows side by side": ((7, 8), (3, 2), (3, 2), ((1, 1), (0, 2)), (1, 1), (1, 1)),
+    "2d windows apart, the last one short": ((9, 6), (3, 2), (4, 3), "VALID", (1, 1), (1, 1)),
+    "2d windows apart, dilated": ((8, 9), (2, 3), (4, 6), "SAME", (1, 1), (3, 2)),
+    "2d windows apart along one axis": ((7, 8), (3, 3), (3, 1), "SAME", (1, 1), (1, 1)),
+    "3d windows apart": ((5, 4, 6), (2, 1, 3), (2, 2, 3), "VALID", (1, 1, 1), (1, 1, 1)),
     "3d same, stride 2": ((4, 3, 5), (3, 2, 3), (2, 1, 2), "SAME", (1, 1, 1), (1, 1, 1)),
     "3d valid, dilated": ((5, 3, 4), (2, 1, 2), (1, 1, 1), "VALID", (1, 1, 1), (3, 1, 2)),
     "3d circular": ((3, 4, 3), (3, 2, 1), (1, 1, 1), "CIRCULAR", (1, 1, 1), (1, 1, 1)),

@@ -14,7 +14,7 @@ from jax import lax
 
 from netdeconv_jax.ops.grouping import ColumnGroups, check_count
 from netdeconv_jax.ops.moments import AxisName, Moments, moments
-from netdeconv_jax.ops.patches import Window, tap_slices
+from netdeconv_jax.ops.patches import Window, cut
 from netdeconv_jax.ops.sampling import every_nth
 from netdeconv_jax.ops.shifted import moments_of_sums, shifted_sums
 
@@ -188,17 +188,16 @@ def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
 
 def _sampled_patches(x, mask, geometry, sampling_stride):
     strides = tuple(s * sampling_stride for s in geometry.strides)
-    padded = geometry.pad(x)
-    taps = tap_slices(padded, geometry, strides)
-    columns = jnp.stack(taps, axis=-1)  # (channel, tap) order, as the original flattens
-    columns = columns.reshape(*columns.shape[:-2], x.shape[-1] * geometry.taps)
+    # (channel, tap) order, as the original flattens
+    columns = cut(geometry.pad(x), geometry, strides, channels_first=True)
+    columns = columns.reshape(*columns.shape[: x.ndim - 1], x.shape[-1] * geometry.taps)
     if mask is None:
         return columns, None
     if mask.shape[1:-1] == (1,) * geometry.ndim:
         return columns, jnp.broadcast_to(mask[..., 0], columns.shape[:-1])
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
-    touched = tap_slices(geometry.pad(mask, value=jnp.inf), geometry, strides)
-    least = jnp.min(jnp.stack(touched), axis=0)
+    touched = cut(geometry.pad(mask, value=jnp.inf), geometry, strides)
+    least = jnp.min(touched, axis=tuple(range(x.ndim - 1, touched.ndim - 1)))
     # A window of padding alone weighs as much as the heaviest pixel of its image.
     heaviest = jnp.max(mask, axis=tuple(range(1, mask.ndim)), keepdims=True)
     return columns, jnp.where(jnp.isinf(least), heaviest, least)[..., 0]

@@ -204,10 +204,11 @@ def extract_patches(
     input_dilation: int | Sequence[int] = 1,
     kernel_dilation: int | Sequence[int] = 1,
 ) -> jax.Array:
-    """Return the patch under every window, by one strided slice per kernel tap.
+    """Return the patch under every window.
 
-    Two to four times faster than `lax.conv_general_dilated_patches`, and exact at every matmul precision
-    (that one is a convolution with an identity kernel).
+    By one strided slice per kernel tap, or by a transposition where windows do not overlap. Two to four times
+    faster than `lax.conv_general_dilated_patches`, and exact at every matmul precision (that one is a
+    convolution with an identity kernel).
 
     Args:
       x: [batch, *spatial, channels], any dtype.
@@ -230,37 +231,49 @@ def extract_patches(
         raise ValueError(
             f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {x.shape}."
         )
-    slices = tap_slices(geometry.pad(x), geometry, geometry.strides)
-    out = slices[0].shape[:-1]
-    return jnp.stack(slices, axis=-2).reshape(*out, *geometry.kernel_size, x.shape[-1])
+    return cut(geometry.pad(x), geometry, geometry.strides)
 
 
-def tap_slices(padded: jax.Array, geometry: Window, strides: tuple[int, ...]) -> list[jax.Array]:
-    """Return, per kernel tap in row-major order, the pixel it sees in each window: [batch, *out, channels].
+def cut(
+    padded: jax.Array, geometry: Window, strides: tuple[int, ...], *, channels_first: bool = False
+) -> jax.Array:
+    """Return the pixels under every window: [batch, *out, *kernel_size, channels].
 
     Args:
       padded: [batch, *spatial, channels], from `geometry.pad`.
       geometry: gives the kernel size and its dilation.
       strides: between windows; larger than the convolution's where patches are sampled.
+      channels_first: static; [batch, *out, channels, *kernel_size] instead.
     """
-    spatial = padded.shape[1:-1]
-    reach = [
-        (k - 1) * d for k, d in zip(geometry.kernel_size, geometry.kernel_dilation, strict=True)
-    ]
-    last = [(n - r - 1) // s * s for n, r, s in zip(spatial, reach, strides, strict=True)]
+    batch, *spatial, channels = padded.shape
+    taps, dilation = geometry.kernel_size, geometry.kernel_dilation
+    extent = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
+    counts = [(n - e) // s + 1 for n, e, s in zip(spatial, extent, strides, strict=True)]
+    if all(e <= s for e, s in zip(extent, strides, strict=True)):
+        return _blocks(padded, counts, strides, extent, dilation, channels_first)
     slices = []
-    for tap in np.ndindex(*geometry.kernel_size):
-        start = [t * d for t, d in zip(tap, geometry.kernel_dilation, strict=True)]
-        stop = [s + e + 1 for s, e in zip(start, last, strict=True)]
-        slices.append(
-            lax.slice(
-                padded,
-                (0, *start, 0),
-                (padded.shape[0], *stop, padded.shape[-1]),
-                (1, *strides, 1),
-            )
-        )
-    return slices
+    for tap in np.ndindex(*taps):
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, counts, strides, strict=True)]
+        slices.append(lax.slice(padded, (0, *start, 0), (batch, *stop, channels), (1, *strides, 1)))
+    if channels_first:
+        return jnp.stack(slices, axis=-1).reshape(batch, *counts, channels, *taps)
+    return jnp.stack(slices, axis=-2).reshape(batch, *counts, *taps, channels)
+
+
+def _blocks(padded, counts, strides, extent, dilation, channels_first):
+    """`cut` where windows do not overlap: one transposition, several times cheaper than slices by tap."""
+    zero = jnp.zeros((), padded.dtype)
+    sizes = zip(padded.shape[1:-1], counts, strides, strict=True)
+    ends = [(0, c * s - n, 0) for n, c, s in sizes]
+    x = lax.pad(padded, zero, [(0, 0, 0), *ends, (0, 0, 0)])
+    ndim = len(counts)
+    for i in range(ndim):  # axis by axis: no more is split at a time over an explicit mesh
+        row, tap = 2 * i + 1, 2 * i + 2
+        x = x.reshape(*x.shape[:row], counts[i], strides[i], *x.shape[tap:])
+        x = lax.slice_in_dim(x, 0, extent[i], dilation[i], axis=tap)
+    rows, taps, channel = range(1, 2 * ndim, 2), range(2, 2 * ndim + 1, 2), 2 * ndim + 1
+    return x.transpose(0, *rows, *((channel, *taps) if channels_first else (*taps, channel)))
 
 
 def _per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
