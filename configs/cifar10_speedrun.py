@@ -17,17 +17,17 @@ from configs import cifar10
 from train import config as configs
 
 
-def get_config(arg: str = "resnet18,deconv") -> configs.Config:
+def get_config(arg: str = "airbench,deconv") -> configs.Config:
     """Return the speed run of `network,norm`."""
     config = cifar10.get_config(arg)
-    config.epochs = 10
-    config.batch_size = 256
+    config.epochs = 8
+    config.augment.crop = 2
     config.label_smoothing = 0.1
     config.ema = 0.99
     config.recalibrate = 20
     config.whitening.preset = "fast"
     config.optimizer.learning_rate = 0.2
     config.optimizer.nesterov = True
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = 0.2
     config.optimizer.weight_decay = 5e-4
     return config

@@ -22,11 +22,11 @@ class MaxPool(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Pool x [batch, height, width, channels]."""
         strides = self.strides or self.window
-        tiles = strides == self.window and not self.padding
-        if tiles and x.shape[1] % strides == x.shape[2] % strides == 0:
-            # XLA's gradient of reduce_window is slow on CPUs; windows that tile need none.
-            batch, height, width, channels = x.shape
-            shape = (batch, height // strides, strides, width // strides, strides, channels)
+        if strides == self.window and not self.padding:
+            # XLA's gradient of reduce_window is slow on CPUs; windows that do not overlap need none.
+            rows, columns = (size // strides for size in x.shape[1:3])
+            x = x[:, : rows * strides, : columns * strides]
+            shape = (x.shape[0], rows, strides, columns, strides, x.shape[3])
             return x.reshape(shape).max((2, 4))
         if self.padding:
             # XLA makes one operation of both; exporters know no padding of a pool, nor a pool by position.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from netdeconv_jax.models.airbench import AirBench
 from netdeconv_jax.models.cnn import CNN
 from netdeconv_jax.models.densenet import DenseNet, ImageNetDenseNet
 from netdeconv_jax.models.dpn import DPN
@@ -68,6 +69,7 @@ _INFO = ModelList(
     mlp=ModelInfo(MLP, 427_658, "three hidden layers of 128 sigmoid units, any shape"),
     cnn=ModelInfo(CNN, 66_218, "four convolutions, 32 to 64 features, any size"),
     lenet=ModelInfo(LeNet, 136_886, "LeNet-5 with ReLU, any size"),
+    airbench=ModelInfo(AirBench, 1_971_650, "of CIFAR-10 speed runs, 7 convolutions"),
     vgg11=ModelInfo(functools.partial(VGG, DEPTHS["vgg11"]), 9_225_610, "VGG, 8 convolutions"),
     vgg13=ModelInfo(functools.partial(VGG, DEPTHS["vgg13"]), 9_410_122, "VGG, 10 convolutions"),
     vgg16=ModelInfo(functools.partial(VGG, DEPTHS["vgg16"]), 14_719_818, "VGG, 13 convolutions"),
