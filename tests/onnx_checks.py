@@ -26,6 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "allow")  # which jax2onnx relies 
 TOLERANCE = 1e-4  # of the largest logit
 NETWORKS = (
     "lenet",
+    "airbench",
     "mlp",
     "vgg11",
     "resnet18",
@@ -36,7 +37,17 @@ NETWORKS = (
     "senet18",
 )
 # What roots, inverses and running statistics would leave.
-NEVER = {"Sqrt", "Reciprocal", "Pow", "Loop", "If", "Scan", "BatchNormalization"}
+NEVER = {
+    "Sqrt",
+    "Reciprocal",
+    "Pow",
+    "Loop",
+    "If",
+    "Scan",
+    "BatchNormalization",
+    "Gather",
+    "GatherND",
+}
 
 
 def made_up(model, x, **kwargs) -> Any:

@@ -207,6 +207,15 @@ def test_a_module_that_is_none_of_the_zoo_is_exported_too():
     check(program, jax.jit(model.apply, static_argnums=2)(variables, x, False), x)
 
 
+def test_pools_that_leave_a_rest_are_exported_without_a_gather():
+    model = models.create("airbench", width=0.0625)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 32, 32, 3)), jnp.float32)
+    variables = made_up(model, x)
+    program = export_stablehlo(*fold(model, variables), x.shape[1:])
+    check(program, jax.jit(model.apply)(variables, x), x)
+    assert "stablehlo.gather" not in program.mlir_module()
+
+
 def test_an_nnx_module_is_exported_too():
     model = nnx.Sequential(
         dnnx.DeconvConv(3, 4, (3, 3), rngs=nnx.Rngs(0)),

@@ -1,7 +1,7 @@
 """Building networks by name: what is there, what is refused, and how parameters start."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -248,6 +248,12 @@ def test_pools_that_tile_equal_those_that_slide(window, size):
     tiled = squares(lambda x: MaxPool(window).apply({}, x))
     sliding = squares(lambda x: nn.max_pool(x, (window,) * 2, (window,) * 2))
     jax.tree.map(np.testing.assert_array_equal, tiled, sliding)
+
+
+def test_equal_largest_values_share_the_gradient_of_a_pool_that_tiles():
+    x = jnp.array([1.0, 1.0, 0.0, 1.0]).reshape(1, 2, 2, 1)
+    grad = jax.grad(lambda x: jnp.sum(cast(Any, MaxPool(2).apply({}, x))))(x)
+    np.testing.assert_allclose(grad.ravel(), [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
 
 
 def test_pools_have_the_shape_of_their_windows():

@@ -61,6 +61,7 @@ CASES = {
     "reflect": case(padding="REFLECT", strides=(1, 2)),
     "asymmetric pairs": case(padding=((0, 2), (1, 2)), sampling_stride=2),
     "windows of padding alone": case(padding=((3, 0), (0, 4)), sampling_stride=2),
+    "windows of padding alone, apart": case(padding=((4, 0), (0, 5)), sampling_stride=3),
     "input dilation": case((3, 4), padding=((1, 2), (2, 0)), input_dilation=(2, 3)),
     "channels": case(whiten="channels", sampling_stride=2),
     "channels per group": case(whiten="channels", block_size=2, shared=False),

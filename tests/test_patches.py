@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -208,25 +209,29 @@ def test_padding_names_may_be_in_lower_case():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32, jnp.uint8])
+@pytest.mark.parametrize("strides", [1, 3])
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR", "REFLECT"])
-def test_the_dtype_is_that_of_the_input_and_every_value_is_exact(dtype, padding):
+def test_the_dtype_is_that_of_the_input_and_every_value_is_exact(dtype, padding, strides):
     x = np.random.default_rng(0).integers(0, 200, (1, 4, 4, 2))
-    cut = jax.jit(lambda x: ops.extract_patches(x, (3, 3), padding=padding))
+    cut = jax.jit(lambda x: ops.extract_patches(x, (3, 3), padding=padding, strides=strides))
     found = cut(jnp.asarray(x, dtype))
-    expected = oracle.patches(x, oracle.Geometry((3, 3), (1, 1), padding))
+    expected = oracle.patches(x, oracle.Geometry((3, 3), (strides,) * 2, padding))
     assert found.dtype == dtype
     np.testing.assert_array_equal(found.astype(jnp.int32), expected)
 
 
-def test_float64_stays_float64(x64):
-    assert ops.extract_patches(jnp.ones((1, 4, 2), jnp.float64), (3,)).dtype == jnp.float64
+@pytest.mark.parametrize("strides", [1, 3])
+def test_float64_stays_float64(x64, strides):
+    x = jnp.ones((1, 4, 2), jnp.float64)
+    assert ops.extract_patches(x, (3,), strides=strides).dtype == jnp.float64
 
 
-def test_patches_are_the_same_under_jit_and_vmap():
-    x = jnp.asarray(values((3, 2, 5, 4, 2)))
+@pytest.mark.parametrize("strides", [2, (3, 2)])
+def test_patches_are_the_same_under_jit_and_vmap(strides):
+    x = jnp.asarray(values((3, 2, 7, 5, 2)))
 
     def cut(x):
-        return ops.extract_patches(x, (3, 2), strides=2, padding="CIRCULAR")
+        return ops.extract_patches(x, (3, 2), strides=strides, padding="CIRCULAR")
 
     np.testing.assert_array_equal(jax.jit(jax.vmap(cut))(x), [cut(part) for part in x])
 
@@ -234,6 +239,19 @@ def test_patches_are_the_same_under_jit_and_vmap():
 def test_the_gradient_counts_the_windows_over_each_pixel():
     grad = jax.grad(lambda x: ops.extract_patches(x, (3,), padding="SAME").sum())
     np.testing.assert_array_equal(grad(jnp.ones((1, 5, 1)))[0, :, 0], [2, 3, 3, 3, 2])
+
+
+@pytest.mark.parametrize(
+    ("strides", "seen"),
+    [(3, [0, 1, 1, 0, 1, 1, 0, 1]), (4, [0, 1, 0, 1, 0, 1, 0, 0]), (9, [0, 1, 0, 0, 0, 0, 0, 0])],
+)
+def test_the_gradient_counts_windows_that_do_not_overlap(strides, seen):
+    def total(x):  # windows start one pixel before the input and see every other pixel
+        options: Any = {"padding": ((1, 0),), "strides": strides, "kernel_dilation": 2}
+        return ops.extract_patches(x, (2,), **options).sum()
+
+    grad = jax.grad(total)(jnp.ones((1, 8, 1)))
+    np.testing.assert_array_equal(grad[0, :, 0], seen)
 
 
 X4 = (2, 4, 4, 3)

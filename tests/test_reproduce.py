@@ -359,6 +359,46 @@ def test_the_page_says_first_what_does_not_hold(tmp_path):
     assert (tmp_path / "docs/images/reproduction/table_1_1.png").is_file()
 
 
+def speedruns(tmp_path, *runs):
+    """The verdict of the speed run, and the rows of its table, from (cell, seed, accuracy or None)."""
+    for cell, seed, accuracy in runs:
+        written(tmp_path, "speedrun", cell, seed, accuracy or 0.1)
+        path = tmp_path / f"speedrun/{cell}-seed{seed}.json"
+        content = json.loads(path.read_text())
+        network, norm, epochs = cell.split("-")
+        config = {"network": network, "norm": norm, "epochs": int(epochs.removeprefix("epochs"))}
+        changes = {"config": config, "status": "done" if accuracy else "diverged"}
+        path.write_text(json.dumps(content | changes))
+    experiment = EXPERIMENTS["speedrun"]
+    found = results.read(tmp_path, experiment)
+    (verdict,) = experiment.judge(found)
+    return verdict, [line for line in experiment.tell(found, None) if "air" in line]
+
+
+def test_a_speed_run_of_one_seed_is_no_proof(tmp_path):
+    verdict, _ = speedruns(tmp_path, ("airbench-deconv-epochs8", 0, 0.9401))
+    assert (verdict.holds, verdict.seeds) == ("in part", "1")
+    assert "One seed" in verdict.why
+    verdict, _ = speedruns(tmp_path, ("airbench-deconv-epochs8", 1, 0.9403))
+    assert (verdict.holds, verdict.ours) == ("yes", "94.02 in 8 epochs, airbench")
+
+
+def test_a_speed_run_fails_only_when_all_have_run(tmp_path):
+    verdict, _ = speedruns(tmp_path, ("airbench-deconv-epochs6", 0, 0.91))
+    assert verdict.holds == "in part"
+    cells = [cell.name for cell in EXPERIMENTS["speedrun"].cells]
+    verdict, _ = speedruns(tmp_path, *((name, 0, 0.93) for name in cells))
+    assert verdict.holds == "no"
+
+
+def test_a_speed_run_that_diverged_is_counted_apart(tmp_path):
+    runs = [("airbench-deconv-epochs8", 0, 0.92), ("airbench-deconv-epochs8", 1, None)]
+    verdict, rows = speedruns(tmp_path, *runs, ("airbench-batch-epochs8", 0, None))
+    assert verdict.seeds == "1"
+    assert rows[0] == "| airbench | batch norm | 8 |  | 0, 1 diverged |  |"
+    assert rows[1].startswith("| airbench | deconvolution | 8 | 92.00 | 1, 1 diverged | 9 (")
+
+
 def test_a_page_of_nothing_claims_nothing(tmp_path):
     text = page(tmp_path, tmp_path)
     assert "Of 0 claims" in text

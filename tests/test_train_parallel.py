@@ -133,8 +133,8 @@ STREAMED = {
 
 
 def plain_photos(count):
-    """Records of ImageNet, each of one shade of grey."""
-    images = (np.full((40, 50, 3), 9 * i, np.uint8) for i in range(count))
+    """Records of ImageNet, each of one shade of grey and a width of its own."""
+    images = (np.full((40, 50 + i, 3), 9 * i, np.uint8) for i in range(count))
     return [
         {"image": encode(image), "label": i, "file_name": f"{i}.png"}
         for i, image in enumerate(images)

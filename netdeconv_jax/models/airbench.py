@@ -16,11 +16,13 @@ STEM: Whitening = {"num_iters": 15}
 class AirBench(Network):
     """Seven convolutions with GELU: a 2x2 stem, then three groups of two with a pool in each.
 
-    Jordan whitens the patches of the stem by a frozen layer and has a batch norm after every other
-    convolution. In the `"deconv"` form every layer whitens its own, and there is no batch norm.
+    There the patches of the stem are whitened by a layer that is set once and not trained, and a batch norm
+    follows each of the other convolutions. In the `"deconv"` form every layer whitens its own.
 
-    Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", the network of airbench94, without
-    the factor of 1/9 on its logits, and with a bias in the classifier.
+    Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU": layers and sizes of airbench94.
+    Departures: logits are not divided by 9, and have a bias; GELU by tanh; initial kernels are PyTorch's,
+    with no identity in them. With `norm="batch"` the stem is trained and has a batch norm too, and batch
+    norms are those of the zoo, with a scale.
     """
 
     minimum_size: ClassVar[int | None] = 25

@@ -8,6 +8,8 @@ from flax import linen as nn
 class MaxPool(nn.Module):
     """The largest value in each square window.
 
+    Where windows do not overlap, equal largest values share the gradient; elsewhere the first has it.
+
     Attributes:
       window: side of the window.
       strides: default `window`.
@@ -25,7 +27,9 @@ class MaxPool(nn.Module):
         if strides == self.window and not self.padding:
             # XLA's gradient of reduce_window is slow on CPUs; windows that do not overlap need none.
             rows, columns = (size // strides for size in x.shape[1:3])
-            x = x[:, : rows * strides, : columns * strides]
+            # Not by `x[:, :n]`, which is a gather where the size of the batch is a symbol.
+            x = jax.lax.slice_in_dim(x, 0, rows * strides, axis=1)
+            x = jax.lax.slice_in_dim(x, 0, columns * strides, axis=2)
             shape = (x.shape[0], rows, strides, columns, strides, x.shape[3])
             return x.reshape(shape).max((2, 4))
         if self.padding:

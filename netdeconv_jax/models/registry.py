@@ -116,7 +116,7 @@ def list_models() -> ModelList:
     Returns:
       A dict of `ModelInfo` that prints as a table.
 
-    Source: the networks of Ye et al. 2020, section 4 and the original code.
+    Source: the networks of Ye et al. 2020, section 4, and the original code; `airbench` is Jordan's (2024).
 
     Example:
       >>> from netdeconv_jax import models
