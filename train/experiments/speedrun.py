@@ -55,7 +55,7 @@ def _judge_speed(results: Results) -> list[Verdict]:
     )
     if not sure:
         why = (
-            f"{'One seed' if reached else f'{len(left)} longer or larger runs are missing'}. {why}"
+            f"{'One seed' if reached else f'{len(left)} of the cells have not run'}. {why}"
         )
     return [
         Verdict(
