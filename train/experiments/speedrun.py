@@ -54,9 +54,7 @@ def _judge_speed(results: Results) -> list[Verdict]:
         "stem, and 9.9 with all that was devised for it (its author's ablation)."
     )
     if not sure:
-        why = (
-            f"{'One seed' if reached else f'{len(left)} of the cells have not run'}. {why}"
-        )
+        why = f"{'One seed' if reached else f'{len(left)} of the cells have not run'}. {why}"
     return [
         Verdict(
             claim,
