@@ -9,7 +9,7 @@ Nesterov momentum, weight decay is 5e-4, crops reach 2 pixels beyond the image, 
 network that is evaluated has an average of the weights over the last steps, with statistics taken anew for
 it, and whitening is `WhiteningSpec.fast()`. No test-time augmentation.
 
-Hardware: two CPU cores, or a GPU. Time: an hour on the cores for 8 epochs. Reached there: 91.44% (one seed),
+Hardware: two CPU cores, or a GPU. Time: an hour on the cores for 8 epochs. Accuracy there: 91.44% (one seed),
 81% after the first epoch; the 94% are still to come, see docs/reproduction.md. Public marks: 94% after 7.6
 to 8 epochs with a whitened stem, batch norm and test-time flips; 90.6% for the same without batch norm.
 """

@@ -33,7 +33,7 @@ def test_listed_parameters_are_those_of_the_deconv_form(name):
 
 def test_the_list_prints_a_line_for_every_network():
     lines = str(models.list()).splitlines()
-    assert len(lines) == len(NAMES) == 28
+    assert len(lines) == len(NAMES) == 29
     assert all(line.startswith(name) for line, name in zip(lines, NAMES, strict=True))
 
 
