@@ -93,7 +93,7 @@ def test_a_wrong_name_suggests_the_nearest():
 
 @pytest.mark.parametrize("norm", ["batch", "deconv", "none"])
 @pytest.mark.parametrize(
-    "name", [n for n in models.list() if n not in ("linear", "mlp", "cnn", "lenet")]
+    "name", [n for n in models.list() if n not in ("linear", "mlp", "cnn", "lenet", "airbench")]
 )
 def test_an_empty_checkpoint_misses_every_entry_once(name, norm):
     with pytest.raises(ValueError, match="missing: ") as error:
