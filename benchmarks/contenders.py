@@ -1,10 +1,10 @@
 """What takes part in a benchmark: a network with a choice of norm and spec, and its compiled training step.
 
-A list of contenders is written `norm[:setting[,setting...]][,norm...]`. A setting is `fast`, for
-`WhiteningSpec.fast()`; `no_root`, for statistics and folding with a root that takes no product; `reused`, for
-a step with `update_whitener=False`; or `key=value`, a keyword of `WhiteningSpec` or one of `tol`, `ridge`,
-`chebyshev_ridge` and `rows_per_dim`. So `batch,deconv,deconv:fast,block_size=32,deconv:method=chebyshev`
-names four.
+A list of contenders is written `norm[:setting[,setting...]][,norm...]`. A setting is `fast` or `mixed`, for
+`WhiteningSpec.fast()` and `WhiteningSpec.mixed()`; `no_root`, for statistics and folding with a root that
+takes no product; `reused`, for a step with `update_whitener=False`; or `key=value`, a keyword of
+`WhiteningSpec` or one of `tol`, `ridge`, `chebyshev_ridge` and `rows_per_dim`. So
+`batch,deconv,deconv:fast,block_size=32,deconv:method=chebyshev` names four.
 """
 
 import ast
@@ -73,13 +73,14 @@ def _contender(norm: str, settings: list[str]) -> Contender:
         if setting == "reused":
             continue
         key, equals, value = setting.partition("=")
-        if setting == "fast":
-            spec = WhiteningSpec.fast()
+        if setting in ("fast", "mixed"):
+            spec = getattr(WhiteningSpec, setting)()
         elif setting == "no_root":
             spec = spec.replace(root=NoRoot())
         elif not equals:
             raise ValueError(
-                f"`contenders` take settings `fast`, `no_root`, `reused` or `key=value`, got {setting!r}."
+                "`contenders` take settings `fast`, `mixed`, `no_root`, `reused` or `key=value`, got "
+                f"{setting!r}."
             )
         else:
             change = _STRATEGIES.get(key, lambda value, key=key: {key: value})

@@ -17,21 +17,23 @@ PASSES = 3  # a product costs one of its size forward and two backward
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: flops of the convolutions' and of the statistics' products, bytes."""
+    """What a device does in a second: flops of products, by what is multiplied, and bytes."""
 
-    convolution: float
-    statistics: float
+    bfloat16: float
+    tf32: float
+    float32: float
     bytes: float
 
 
-# Data sheets give 989e12 (dense bfloat16), 67e12 (float32 outside of tensor cores) and 4.8e12 for an H200;
-# these are what large products are assumed to reach.
-H200 = Rates(convolution=400e12, statistics=50e12, bytes=4e12)
-H200_BFLOAT16_STATISTICS = dataclasses.replace(H200, statistics=400e12)
+# Data sheets give 989e12, 495e12 (dense, tensor cores), 67e12 (outside of them) and 4.8e12 for an H200; these
+# are what large products are assumed to reach.
+H200 = Rates(bfloat16=400e12, tf32=200e12, float32=50e12, bytes=4e12)
 
 
 def least_seconds(rows: list[LayerRow], rates: Rates, *, itemsize: int = 2) -> dict[str, float]:
     """Return the least seconds of a step's parts: convolution, statistics, root, fold, batch norm.
+
+    Convolutions are those of a network in bfloat16; statistics and roots are as their spec says.
 
     Args:
       rows: of `models.summary.layer_table`, which holds the batch.
@@ -41,9 +43,18 @@ def least_seconds(rows: list[LayerRow], rates: Rates, *, itemsize: int = 2) -> d
     total: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for row in rows:
         for part, (flops, moved) in work(row, itemsize).items():
-            rate = rates.convolution if part == "convolution" else rates.statistics
-            total[part] += max(flops / rate, moved / rates.bytes)
+            total[part] += max(flops / _rate(part, row, rates), moved / rates.bytes)
     return total
+
+
+def _rate(part: str, row: LayerRow, rates: Rates) -> float:
+    if part == "convolution":
+        return rates.bfloat16
+    if part == "statistics" and row.spec is not None and row.spec.sample_dtype is not None:
+        return rates.bfloat16
+    if part == "root" and getattr(row.spec.root, "precision", "highest") != "highest":
+        return rates.tf32
+    return rates.float32
 
 
 def work(row: LayerRow, itemsize: int = 2) -> dict[str, tuple[float, float]]:

@@ -120,7 +120,15 @@ def _parts(row: LayerRow, dtype: Any) -> dict[str, tuple[Callable[..., Any], tup
     bias = jnp.zeros(kernel_shape[-1])
 
     def moments(x: jax.Array) -> ops.Moments:
-        return ops.patch_moments(x, geometry, groups, sampling_stride=stride)
+        shift = jnp.zeros((*groups.stat_shape, groups.width)) if spec.one_pass else None
+        return ops.patch_moments(
+            x,
+            geometry,
+            groups,
+            sampling_stride=stride,
+            shift=shift,
+            sample_dtype=spec.sample_dtype,
+        )
 
     def fold(kernel: jax.Array, bias: jax.Array, mean: jax.Array, whitener: jax.Array) -> Any:
         return ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)

@@ -151,18 +151,13 @@ def parts(options: argparse.Namespace, shape: tuple[int, ...], dtype: Any) -> di
 
 
 def reckoned(options: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return the least seconds on an H200: bfloat16 activations, float32 or bfloat16 statistics."""
-    rates = {
-        "float32 statistics": roofline.H200,
-        "bfloat16 statistics": roofline.H200_BFLOAT16_STATISTICS,
+    """Return the least seconds on an H200, by contender: convolutions in bfloat16, the rest by its spec."""
+    return {
+        contender.text: roofline.least_seconds(
+            layer_table(network(options, contender), shape), roofline.H200
+        )
+        for contender in options.contenders
     }
-    found = {}
-    for contender in options.contenders:
-        rows = layer_table(network(options, contender), shape)
-        found[contender.text] = {
-            name: roofline.least_seconds(rows, rate) for name, rate in rates.items()
-        }
-    return found
 
 
 def network(options: argparse.Namespace, contender: contenders.Contender) -> models.Network:

@@ -107,8 +107,8 @@ def test_the_parts_of_a_network_are_those_of_its_layers():
 
 def test_the_least_time_is_that_of_the_design():
     # The design's, for one H200, batch 256: convolutions 7 ms, covariance 19, root 4.4, batch norm 1.9.
-    def least(norm):
-        model = models.create("resnet18_imagenet", norm)
+    def least(norm, spec=None):
+        model = models.create("resnet18_imagenet", norm, spec=spec or WhiteningSpec())
         found = roofline.least_seconds(layer_table(model, (256, 224, 224, 3)), roofline.H200)
         return {part: 1e3 * seconds for part, seconds in found.items()}
 
@@ -118,6 +118,11 @@ def test_the_least_time_is_that_of_the_design():
     assert deconv["root"] == pytest.approx(4.4, rel=0.1)
     assert batch["batch_norm"] == pytest.approx(1.9, rel=0.4)
     assert batch["statistics"] == batch["root"] == deconv["batch_norm"] == 0
+    # Cheaper products: statistics at the rate of bfloat16, half as many of the root's at that of TF32.
+    mixed = least("deconv", WhiteningSpec.mixed())
+    assert mixed["statistics"] == pytest.approx(deconv["statistics"] / 8, rel=0.2)
+    assert mixed["root"] == pytest.approx(deconv["root"] / 8, rel=0.1)
+    assert mixed["fold"] == deconv["fold"]
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():

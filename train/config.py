@@ -51,7 +51,7 @@ def default() -> Config:
     config.model.layout = "full"  # or "original": the original code's network, quirks included
 
     config.whitening = ml_collections.ConfigDict()  # laid over the network's own, see WhiteningSpec
-    config.whitening.preset = "paper"  # or "fast"
+    config.whitening.preset = "paper"  # or "fast", "mixed"
     for name, kind in WHITENING.items():
         setattr(config.whitening, name, config_dict.placeholder(kind))
     config.whitening.through_root = True  # False: no gradient flows through the whitener

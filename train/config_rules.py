@@ -17,6 +17,8 @@ WHITENING = {
     "local_norm": str,
     "method": str,
     "one_pass": bool,
+    "sample_dtype": str,
+    "precision": str,  # of the root's products
     "ridge": float,  # of methods "eigh" and "chebyshev", relative to the norm
 }
 
@@ -73,7 +75,7 @@ MUST: dict[str, Rule] = {
     "bad_images": _one_of("raise", "skip"),
     "model.width": _number("above 0", lambda v: v > 0),
     "model.layout": _one_of("full", "original"),
-    "whitening.preset": _one_of("paper", "fast"),
+    "whitening.preset": _one_of("paper", "fast", "mixed"),
     "whitening.through_root": _BOOL,
     "whitening.update_every": _int_from(1),
     "whitening.update_warmup_steps": _int_from(0),

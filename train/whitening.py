@@ -36,7 +36,7 @@ def create(config: Config) -> WhiteningSpec:
                 f"`whitening.through_root` must be True with method {config.method!r}: only the root of "
                 "method 'newton_schulz' can be detached."
             )
-        spec = spec.replace(root=Detached(spec.root.num_iters))
+        spec = spec.replace(root=Detached(spec.root.num_iters, spec.root.precision))
     return spec
 
 

@@ -189,14 +189,16 @@ def configured_spec(settings: Mapping[str, Any]) -> WhiteningSpec:
     given = {name: value for name, value in settings.items() if value is not None}
     for name in _OF_TRAINING:
         given.pop(name, None)
-    spec = WhiteningSpec.fast() if given.pop("preset", None) == "fast" else WhiteningSpec()
+    presets = {"fast": WhiteningSpec.fast, "mixed": WhiteningSpec.mixed}
+    spec = presets.get(given.pop("preset", "paper"), WhiteningSpec)()
     ridge = given.pop("ridge", None)
     spec = spec.replace(**given)
     if ridge is None:
         return spec
-    kinds = {Eigh: Eigh, Chebyshev: ChebyshevRidge}
-    if type(spec.root) not in kinds:
-        raise ValueError(
-            f"`whitening.ridge` goes with method 'eigh' or 'chebyshev', got {spec.root!r}."
-        )
-    return spec.replace(root=kinds[type(spec.root)](ridge))
+    if isinstance(spec.root, Eigh):
+        return spec.replace(root=Eigh(ridge))
+    if isinstance(spec.root, Chebyshev):
+        return spec.replace(root=ChebyshevRidge(ridge, precision=spec.root.precision))
+    raise ValueError(
+        f"`whitening.ridge` goes with method 'eigh' or 'chebyshev', got {spec.root!r}."
+    )

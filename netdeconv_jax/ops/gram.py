@@ -13,18 +13,23 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-_HIGHEST = lax.Precision.HIGHEST
 
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def gram(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """Return `sum_n w_n x_n x_n'` over the sample axes, at HIGHEST precision.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def gram(
+    x: jax.Array,
+    weights: jax.Array | None,
+    axes: tuple[int, ...],
+    sample_dtype: str | None = None,
+) -> jax.Array:
+    """Return `sum_n w_n x_n x_n'` over the sample axes, at HIGHEST precision unless `sample_dtype` is given.
 
     Args:
       x: [..., d], floating point; the last axis is the variable.
       weights: [..., 1], of the rank of `x`, or None for ones.
       axes: the sample axes; over an explicit mesh they are contracted as they are, since one that is sharded
         must not be merged with others. The other axes lead in the result.
+      sample_dtype: to which factors are rounded, derivatives and cotangents too; sums are of the dtype of `x`
+        in the value, and rounded once in derivatives.
     Returns:
       [*others, d, d] in the dtype of `x`; over an explicit mesh, replicated.
 
@@ -36,18 +41,18 @@ def gram(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.
       >>> gram(jnp.array([[1.0, 2.0], [0.0, 1.0]]), None, (0,)).tolist()
       [[1.0, 2.0], [2.0, 5.0]]
     """
-    return _contract(_weighted(x, weights), x, axes)
+    return _contract(_weighted(x, weights), x, axes, sample_dtype)
 
 
-def _jvp(axes, primals, tangents):
+def _jvp(axes, sample_dtype, primals, tangents):
     (x, weights), (dx, dweights) = primals, tangents
-    value = gram(x, weights, axes)
+    value = gram(x, weights, axes, sample_dtype)
     tangent = jnp.zeros_like(value)
     if not isinstance(dx, SymbolicZero):
-        half = _contract(_weighted(x, weights), dx, axes)
+        half = _contract_rounded(_weighted(x, weights), dx, axes, sample_dtype)
         tangent = half + jnp.swapaxes(half, -1, -2)
     if weights is not None and not isinstance(dweights, SymbolicZero):
-        tangent = tangent + _contract(x * dweights, x, axes)
+        tangent = tangent + _contract_rounded(x * dweights, x, axes, sample_dtype)
     return value, tangent
 
 
@@ -58,7 +63,24 @@ def _weighted(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return x if weights is None else x * weights
 
 
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _contract_rounded(
+    a: jax.Array, b: jax.Array, axes: tuple[int, ...], sample_dtype: str | None
+) -> jax.Array:
+    """As `_contract`, the result rounded too, so that its transpose rounds the cotangent first."""
+    return _contract(a, b, axes, sample_dtype, sample_dtype).astype(a.dtype)
+
+
+def _contract(
+    a: jax.Array,
+    b: jax.Array,
+    axes: tuple[int, ...],
+    sample_dtype: str | None,
+    result_dtype: str | None = None,
+) -> jax.Array:
+    result_dtype = result_dtype or a.dtype
+    precision = lax.Precision.HIGHEST
+    if sample_dtype is not None:
+        a, b, precision = a.astype(sample_dtype), b.astype(sample_dtype), lax.Precision.DEFAULT
     lead = tuple(i for i in range(a.ndim - 1) if i not in axes)
     sharding = jax.typeof(a).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
@@ -66,13 +88,18 @@ def _contract(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         # As a matrix: where several axes are contracted XLA first writes all samples out transposed.
         d = a.shape[-1]
         product = lax.dot_general(
-            a.reshape(-1, d), b.reshape(-1, d), (((0,), (0,)), ((), ())), precision=_HIGHEST
+            a.reshape(-1, d),
+            b.reshape(-1, d),
+            (((0,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=result_dtype,
         )
         return product.reshape(*(1 for _ in lead), d, d)
     return lax.dot_general(
         a,
         b,
         ((axes, axes), (lead, lead)),
-        precision=_HIGHEST,
+        precision=precision,
+        preferred_element_type=result_dtype,
         out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None,
     )

@@ -11,6 +11,7 @@ from jax import lax
 from netdeconv_jax.ops.gram import gram
 
 AxisName = str | Sequence[str]
+SAMPLE_DTYPES = (None, "bfloat16")
 
 
 @jax.tree_util.register_dataclass
@@ -77,13 +78,18 @@ class Moments:
 
 
 def moments(
-    x: jax.Array, weights: jax.Array | None = None, *, axes: Sequence[int] = (0,), dtype: Any = None
+    x: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    axes: Sequence[int] = (0,),
+    dtype: Any = None,
+    sample_dtype: str | None = None,
 ) -> Moments:
     """Return the moments of samples along `axes`, in two passes: first the mean, then the covariance.
 
     One pass over raw second moments loses every digit where the mean is a hundred deviations. The product
-    runs at HIGHEST precision. Over an explicit mesh `axes` are contracted as they are, since a sharded axis
-    must not be merged with others, and the result is replicated.
+    runs at HIGHEST precision, unless `sample_dtype` is given. Over an explicit mesh `axes` are contracted as
+    they are, since a sharded axis must not be merged with others, and the result is replicated.
 
     Args:
       x: [..., d], floating point; the last axis is the variable.
@@ -91,10 +97,13 @@ def moments(
         ignored, even if they are not finite.
       axes: the sample axes, non-negative; the others become leading axes of the result.
       dtype: of the result; default `promote_types(float32, x.dtype)`.
+      sample_dtype: `"bfloat16"` rounds the centred samples before they are multiplied, with sums in `dtype`:
+        what accelerators are fastest at. An entry of the covariance is then off by at most 0.8% of the
+        product of both deviations, on CIFAR-10 the whole by 0.1 to 0.2% of its norm; its derivatives by 1%.
     Returns:
       `Moments`, with `count` of shape [] without weights.
     Raises:
-      ValueError: there is no sample.
+      ValueError: there is no sample, or `sample_dtype` is another.
 
     Source: Ye et al. 2020, section 3.1 and Algorithm 1, line 7.
 
@@ -104,6 +113,7 @@ def moments(
       >>> ops.moments(jnp.array([[1.0, 0.0], [3.0, 0.0]])).cov.tolist()
       [[1.0, 0.0], [0.0, 0.0]]
     """
+    check_sample_dtype(sample_dtype)
     axes = tuple(sorted(axes))
     total = 1
     for axis in axes:
@@ -123,8 +133,14 @@ def moments(
         centred = x - mean
         count = jnp.squeeze(kept, (*axes, x.ndim - 1))
         norm = _at_least_one_sample(count)[..., None, None]
-    cov = gram(centred, weights, axes) / norm
+    cov = gram(centred, weights, axes, sample_dtype) / norm
     return Moments(count, jnp.squeeze(mean, axes), cov)
+
+
+def check_sample_dtype(sample_dtype: str | None) -> None:
+    """Raise unless `sample_dtype` is one of `SAMPLE_DTYPES`."""
+    if sample_dtype not in SAMPLE_DTYPES:
+        raise ValueError(f"`sample_dtype` must be one of {SAMPLE_DTYPES}, got {sample_dtype!r}.")
 
 
 def _outer(v: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from netdeconv_jax.ops.grouping import ColumnGroups, check_count
-from netdeconv_jax.ops.moments import AxisName, Moments, moments
+from netdeconv_jax.ops.moments import AxisName, Moments, check_sample_dtype, moments
 from netdeconv_jax.ops.patches import Window, cut
 from netdeconv_jax.ops.sampling import every_nth
 from netdeconv_jax.ops.shifted import moments_of_sums, shifted_sums
@@ -30,6 +30,7 @@ def patch_moments(
     axis_index_groups: Any = None,
     dtype: Any = None,
     shift: jax.Array | None = None,
+    sample_dtype: str | None = None,
 ) -> Moments:
     """Return the moments of the grouped columns of im2col(x), thinned and pooled over devices.
 
@@ -51,10 +52,12 @@ def patch_moments(
         covariance come of one product and one reduction over devices, not of two each: the same function,
         rounded differently. Where `shift` misses the mean by m deviations the covariance loses m^2 of its
         relative accuracy, in float32 1e-7; 1e-6 at m = 1, 2e-4 at m = 10.
+      sample_dtype: as `ops.moments`.
     Returns:
       `Moments` with leading axes `groups.stat_shape`.
     Raises:
-      ValueError: the input is smaller than the kernel or has no samples, or `sampling_stride` < 1.
+      ValueError: the input is smaller than the kernel or has no samples, `sampling_stride` < 1, or
+        `sample_dtype` is unknown.
       TypeError: `x` is not floating point, or `sampling_stride` not an int.
 
     Source: the original FastDeconv. `mask` and pooling over devices are ours.
@@ -71,6 +74,7 @@ def patch_moments(
         raise TypeError(f"`x` must be floating point, got {x.dtype}.")
     dtype = dtype or jnp.promote_types(jnp.float32, x.dtype)
     check_count("sampling_stride", sampling_stride)
+    check_sample_dtype(sample_dtype)
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
     if axis_index_groups is not None:
@@ -78,12 +82,14 @@ def patch_moments(
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     axis = (axis_name, axis_index_groups)
     if shift is None:
-        result = _own_moments(x, mask, geometry, groups, sampling_stride, axis, jnp.dtype(dtype))
+        result = _own_moments(
+            x, mask, geometry, groups, sampling_stride, axis, jnp.dtype(dtype), sample_dtype
+        )
         if axis_name is not None:
             result = result.psum(axis_name, axis_index_groups)
     else:
         shift = jnp.asarray(shift, dtype)
-        sums = _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, jnp.dtype(dtype))
+        sums = _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, sample_dtype)
         if axis_name is not None:
             sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
         result = moments_of_sums(sums, shift.reshape(*sums.shape[:-2], groups.width))
@@ -97,19 +103,19 @@ def patch_moments(
 
 
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
-def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7), inline=True)
+def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype, sample_dtype):
     """The moments of this device's samples."""
     rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
-    return moments(rows, weights, axes=axes, dtype=dtype)
+    return moments(rows, weights, axes=axes, dtype=dtype, sample_dtype=sample_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)
-def _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, dtype):
+def _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, sample_dtype):
     """The sums of this device's samples, about `shift`."""
     rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
     lead = [n for i, n in enumerate(rows.shape[:-1]) if i not in axes]
-    return shifted_sums(rows, weights, shift.reshape(*lead, groups.width), axes)
+    return shifted_sums(rows, weights, shift.reshape(*lead, groups.width), axes, sample_dtype)
 
 
 def _rows(x, mask, geometry, groups, sampling_stride, axis):

@@ -19,6 +19,7 @@ import numpy as np
 
 from netdeconv_jax.ops.roots import (
     check_num_iters,
+    check_precision,
     check_square,
     frobenius_norm,
     identity_like,
@@ -37,7 +38,9 @@ _REWEIGHTINGS = 40
 Target = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # value and slope at eigenvalues
 
 
-def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.Array:
+def chebyshev(
+    cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4, precision: str = "highest"
+) -> jax.Array:
     """Return what `newton_schulz` returns after `num_iters` steps, to a relative error of `tol`.
 
     The derivative is exactly the polynomial's; it differs from the iteration's by about 40 `tol`. Where no
@@ -48,10 +51,11 @@ def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.A
       cov: symmetric positive semi-definite, shape [..., d, d], floating point.
       num_iters: static int >= 1, steps of the iteration that is imitated.
       tol: static float > 0, relative error of the result along every eigenvector.
+      precision: of its products, as `newton_schulz`; TF32 adds 1e-3 of the result, bfloat16 8e-3.
     Returns:
-      [..., d, d] in `promote_types(float32, cov.dtype)`, computed at HIGHEST matmul precision.
+      [..., d, d] in `promote_types(float32, cov.dtype)`.
     Raises:
-      ValueError: `cov` is not square, `num_iters` < 1, or `tol` is not positive.
+      ValueError: `cov` is not square, `num_iters` < 1, `tol` is not positive, or `precision` is unknown.
       TypeError: `cov` is not floating point, or `num_iters` not an int.
 
     Source: ours; Paterson and Stockmeyer 1973 for the evaluation, Lawson 1961 for the fit.
@@ -65,14 +69,17 @@ def chebyshev(cov: jax.Array, *, num_iters: int = 5, tol: float = 1e-4) -> jax.A
     """
     check_num_iters(num_iters)
     check_tol(tol)
+    check_precision(precision)
     cov = check_square(cov)
     coefficients = chebyshev_coefficients(int(num_iters), float(tol))
     if coefficients is None:
-        return newton_schulz(cov, num_iters=num_iters)
-    return _inverse_sqrt(cov, coefficients)
+        return newton_schulz(cov, num_iters=num_iters, precision=precision)
+    return _inverse_sqrt(cov, coefficients, precision)
 
 
-def chebyshev_ridge(cov: jax.Array, *, ridge: float = 1e-2, tol: float = 1e-3) -> jax.Array:
+def chebyshev_ridge(
+    cov: jax.Array, *, ridge: float = 1e-2, tol: float = 1e-3, precision: str = "highest"
+) -> jax.Array:
     """Return the exact inverse square root of `cov + ridge ||cov||_F I`, to a relative error of `tol`.
 
     What `eigh(cov, ridge=ridge)` returns, without an eigendecomposition: that one is a long sequential
@@ -83,11 +90,12 @@ def chebyshev_ridge(cov: jax.Array, *, ridge: float = 1e-2, tol: float = 1e-3) -
       cov: symmetric positive semi-definite, shape [..., d, d], floating point.
       ridge: static float > 0, relative to the Frobenius norm.
       tol: static float > 0, relative error of the result along every eigenvector.
+      precision: of its products, as `newton_schulz`.
     Returns:
-      [..., d, d] in `promote_types(float32, cov.dtype)`, computed at HIGHEST matmul precision.
+      [..., d, d] in `promote_types(float32, cov.dtype)`.
     Raises:
-      ValueError: `cov` is not square, `ridge` or `tol` is not positive, or no polynomial of degree up to 121
-        reaches `tol` with such a ridge.
+      ValueError: `cov` is not square, `ridge` or `tol` is not positive, no polynomial of degree up to 121
+        reaches `tol` with such a ridge, or `precision` is unknown.
       TypeError: `cov` is not floating point.
 
     Source: ours; evaluation and fit as in `chebyshev`.
@@ -101,15 +109,16 @@ def chebyshev_ridge(cov: jax.Array, *, ridge: float = 1e-2, tol: float = 1e-3) -
       True
     """
     coefficients = ridge_coefficients(ridge, tol)
-    return _inverse_sqrt(check_square(cov), coefficients)
+    check_precision(precision)
+    return _inverse_sqrt(check_square(cov), coefficients, precision)
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _inverse_sqrt(cov: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _inverse_sqrt(cov: jax.Array, coefficients: tuple[float, ...], precision: str) -> jax.Array:
     norm = frobenius_norm(cov)[..., None, None]
     eye = identity_like(cov)
     x = (2 / norm) * cov - eye
-    return _evaluate(x, eye, coefficients) / jnp.sqrt(norm)
+    return _evaluate(x, eye, coefficients, precision) / jnp.sqrt(norm)
 
 
 @functools.lru_cache
@@ -242,15 +251,18 @@ def _fit(target: Target, degree: int) -> tuple[np.ndarray, float]:
     return best, float(np.abs(basis @ best - 1).max())
 
 
-def _evaluate(x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...]) -> jax.Array:
+def _evaluate(
+    x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...], precision: str
+) -> jax.Array:
     """Sum c_k T_k(x) as sum_j q_j(x) T_j(T_m(x)), each q_j of degree below m, by Clenshaw over j."""
     degree = len(coefficients) - 1
     m = _DEGREES[degree]
+    product = functools.partial(kept_product, precision=precision)
     rows = _split(np.asarray(coefficients), m)
     powers = [eye, x]
     for k in range(2, m + 1):  # T_(i+j) = 2 T_i T_j - T_|i-j|
         i, j = (k + 1) // 2, k // 2
-        powers.append(2 * kept_product(powers[i], powers[j]) - powers[i - j])
+        powers.append(2 * product(powers[i], powers[j]) - powers[i - j])
 
     def q(j: int) -> jax.Array:
         return sum(
@@ -266,8 +278,8 @@ def _evaluate(x: jax.Array, eye: jax.Array, coefficients: tuple[float, ...]) -> 
     else:
         above, here = jnp.zeros_like(eye), q(top)
     for j in range(top - 1, 0, -1):
-        above, here = here, q(j) + 2 * kept_product(powers[m], here) - above
-    return q(0) + kept_product(powers[m], here) - above
+        above, here = here, q(j) + 2 * product(powers[m], here) - above
+    return q(0) + product(powers[m], here) - above
 
 
 def _split(coefficients: np.ndarray, m: int) -> np.ndarray:

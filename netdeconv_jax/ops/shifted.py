@@ -14,7 +14,11 @@ from netdeconv_jax.ops.moments import Moments
 
 
 def shifted_sums(
-    x: jax.Array, weights: jax.Array | None, shift: jax.Array, axes: tuple[int, ...]
+    x: jax.Array,
+    weights: jax.Array | None,
+    shift: jax.Array,
+    axes: tuple[int, ...],
+    sample_dtype: str | None = None,
 ) -> jax.Array:
     """Return the sum of `w z z'` over the sample axes, z = (x - shift, 1): additive in sets of samples.
 
@@ -23,6 +27,7 @@ def shifted_sums(
       weights: as `ops.moments`.
       shift: [*others, d], near the mean, a constant to the derivative; its dtype is that of the result.
       axes: the sample axes; the others lead.
+      sample_dtype: as `ops.moments`; the shifted samples are rounded, and their mean with them.
     Returns:
       [*others, d + 1, d + 1].
 
@@ -45,7 +50,9 @@ def shifted_sums(
     x = x - lax.stop_gradient(shift).reshape(*shape, x.shape[-1])
     # `pad` rather than a concatenation: over an explicit mesh the ones lie where the samples do.
     one = jnp.ones((), x.dtype)
-    return gram(lax.pad(x, one, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)]), weights, axes)
+    return gram(
+        lax.pad(x, one, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)]), weights, axes, sample_dtype
+    )
 
 
 def moments_of_sums(sums: jax.Array, shift: jax.Array) -> Moments:

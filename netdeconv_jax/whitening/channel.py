@@ -79,7 +79,7 @@ def channel_deconv(
       x: [batch, *spatial, channels].
       running: statistics so far.
       block: channels per group, 1 <= block <= channels.
-      spec: root, sampling, eps and momentum are used; grouping is as above.
+      spec: root, sampling, sample_dtype, eps and momentum are used; grouping is as above.
       use_running_average, update_whitener, reduction, dtype: as `deconv_conv`. The count of steps is that
         of batches in the averages, and stays where these do.
       moments: of the whitened channels and of the rest, in place of the batch's.
@@ -131,10 +131,10 @@ def _moments(x, grouped, rest, mask, spec, reduction, dtype) -> ChannelMoments:
     step = _sampling_step(spatial, stride)
     if mask is not None:
         mask = jnp.broadcast_to(full_mask(mask, x), (*x.shape[:-1], 1)).reshape(x.shape[0], -1)
-    whitened = _grouped_moments(grouped, mask, step, reduction, dtype)
+    whitened = _grouped_moments(grouped, mask, step, reduction, dtype, spec.sample_dtype)
     if not rest.shape[-1]:
         return whitened, None
-    return whitened, _rest_moments(rest, mask, step, reduction, dtype)
+    return whitened, _rest_moments(rest, mask, step, reduction, dtype, spec.sample_dtype)
 
 
 def _step(running, moments, spec):
@@ -178,25 +178,26 @@ def _sampling_step(spatial: tuple[int, ...], stride: int) -> int:
     return stride ** len(spatial) if all(n >= stride for n in spatial) else 1
 
 
-def _grouped_moments(x, mask, step, reduction, dtype):
+def _grouped_moments(x, mask, step, reduction, dtype, sample_dtype):
     """Moments of x [batch, *spatial, d, groups]: every `step`-th sample in (group, batch, pixel) order."""
     batch, pixels = x.shape[0], math.prod(x.shape[1:-2])
     index, total = flat_position(batch, reduction.axis_name, reduction.axis_index_groups)
     # [batch, groups]: the images of all groups are counted through.
     image = index[:, None] + np.arange(x.shape[-1])[None] * total
     x = jnp.swapaxes(x, -1, -2).reshape(batch, pixels, x.shape[-1], x.shape[-2])
-    return _thinned_moments(x, mask, step, image % step * (pixels % step), reduction, dtype)
+    phase = image % step * (pixels % step)
+    return _thinned_moments(x, mask, step, phase, reduction, dtype, sample_dtype)
 
 
-def _rest_moments(x, mask, step, reduction, dtype):
+def _rest_moments(x, mask, step, reduction, dtype, sample_dtype):
     """Moments of all values of x [batch, *spatial, c]: every `step`-th of an image's (channel, pixel)."""
     batch, pixels = x.shape[0], math.prod(x.shape[1:-1])
     x = x.reshape(batch, pixels, x.shape[-1])[..., None]
     phase = np.arange(x.shape[2])[None] * (pixels % step)
-    return _thinned_moments(x, mask, step, phase, reduction, dtype)
+    return _thinned_moments(x, mask, step, phase, reduction, dtype, sample_dtype)
 
 
-def _thinned_moments(x, mask, step, phase, reduction, dtype):
+def _thinned_moments(x, mask, step, phase, reduction, dtype, sample_dtype):
     """Moments of x [batch, pixels, kinds, d], each kind thinned from its own phase [batch | 1, kinds]."""
     rows, weights = ops.every_nth(x, step, phase[..., None])
     if weights is not None:
@@ -205,7 +206,7 @@ def _thinned_moments(x, mask, step, phase, reduction, dtype):
         mask = jnp.broadcast_to(mask[..., None], x.shape[:-1]).astype(dtype)
         kept, _ = ops.every_nth(mask, step, phase)
         weights = kept if weights is None else weights * kept
-    result = ops.moments(rows, weights, axes=(0, 1, 2), dtype=dtype)
+    result = ops.moments(rows, weights, axes=(0, 1, 2), dtype=dtype, sample_dtype=sample_dtype)
     if reduction.axis_name is None:
         return result
     return result.psum(reduction.axis_name, reduction.axis_index_groups)

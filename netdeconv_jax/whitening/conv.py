@@ -127,6 +127,7 @@ def deconv_conv(
             axis_index_groups=reduction.axis_index_groups,
             dtype=running.mean.dtype,
             shift=running.mean if spec.one_pass else None,
+            sample_dtype=spec.sample_dtype,
         ),
         running,
         spec,
@@ -224,6 +225,7 @@ def deconv_dense(
             axis_index_groups=reduction.axis_index_groups,
             dtype=running.mean.dtype,
             shift=running.mean if spec.one_pass else None,
+            sample_dtype=spec.sample_dtype,
         )
 
     mean, whitener, running = statistics(

@@ -41,17 +41,19 @@ class NewtonSchulz:
     Example:
       >>> from netdeconv_jax.whitening import NewtonSchulz
       >>> NewtonSchulz(num_iters=15)
-      NewtonSchulz(num_iters=15)
+      NewtonSchulz(num_iters=15, precision='highest')
     """
 
     num_iters: int = 5
+    precision: str = "highest"
 
     def __post_init__(self):
         roots.check_num_iters(self.num_iters)
+        roots.check_precision(self.precision)
 
     def __call__(self, cov: jax.Array) -> jax.Array:
         """Return the inverse square root after `num_iters` steps."""
-        return roots.newton_schulz(cov, num_iters=self.num_iters)
+        return roots.newton_schulz(cov, num_iters=self.num_iters, precision=self.precision)
 
     @property
     def products(self) -> int:
@@ -68,21 +70,25 @@ class Chebyshev:
     Example:
       >>> from netdeconv_jax.whitening import Chebyshev
       >>> Chebyshev(tol=2e-3)
-      Chebyshev(tol=0.002, num_iters=5)
+      Chebyshev(tol=0.002, num_iters=5, precision='highest')
     """
 
     tol: float = 1e-4
     num_iters: int = 5
+    precision: str = "highest"
 
     def __post_init__(self):
         roots.check_num_iters(self.num_iters)
+        roots.check_precision(self.precision)
         check_number("tol", self.tol)
         polynomial.check_tol(self.tol)
         polynomial.chebyshev_coefficients(int(self.num_iters), float(self.tol))
 
     def __call__(self, cov: jax.Array) -> jax.Array:
         """Return the inverse square root."""
-        return polynomial.chebyshev(cov, num_iters=self.num_iters, tol=self.tol)
+        return polynomial.chebyshev(
+            cov, num_iters=self.num_iters, tol=self.tol, precision=self.precision
+        )
 
     @property
     def products(self) -> int:
@@ -104,13 +110,17 @@ class ChebyshevRidge:
 
     ridge: float = 1e-2
     tol: float = 1e-3
+    precision: str = "highest"
 
     def __post_init__(self):
+        roots.check_precision(self.precision)
         polynomial.ridge_coefficients(self.ridge, self.tol)
 
     def __call__(self, cov: jax.Array) -> jax.Array:
         """Return the inverse square root of `cov` with the ridge added."""
-        return polynomial.chebyshev_ridge(cov, ridge=self.ridge, tol=self.tol)
+        return polynomial.chebyshev_ridge(
+            cov, ridge=self.ridge, tol=self.tol, precision=self.precision
+        )
 
     @property
     def products(self) -> int:

@@ -91,6 +91,7 @@ def deconv_conv_transpose(
             axis_index_groups=reduction.axis_index_groups,
             dtype=stat_dtype,
             shift=running.mean[phase][..., : groups.width] if spec.one_pass else None,
+            sample_dtype=spec.sample_dtype,
         )
 
     def batch_moments() -> ops.Moments:

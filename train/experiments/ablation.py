@@ -41,6 +41,7 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "stride1": ("every patch", {"sampling_stride": 1}),
     "stride5": ("every fifth patch along each axis", {"sampling_stride": 5}),
     "fast": ("`WhiteningSpec.fast()`", {"preset": "fast"}),
+    "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
 LONG = ("batch", "full", "block16", "per_group16")  # those worth ten epochs
 _EXPENSIVE = {
