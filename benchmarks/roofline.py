@@ -50,7 +50,9 @@ def least_seconds(rows: list[LayerRow], rates: Rates, *, itemsize: int = 2) -> d
 def _rate(part: str, row: LayerRow, rates: Rates) -> float:
     if part == "convolution":
         return rates.bfloat16
-    if part == "statistics" and row.spec is not None and row.spec.sample_dtype is not None:
+    if row.spec is None:
+        return rates.float32
+    if part == "statistics" and row.spec.sample_dtype is not None:
         return rates.bfloat16
     if part == "root" and getattr(row.spec.root, "precision", "highest") != "highest":
         return rates.tf32

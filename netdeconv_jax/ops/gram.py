@@ -77,7 +77,7 @@ def _contract(
     sample_dtype: str | None,
     result_dtype: str | None = None,
 ) -> jax.Array:
-    result_dtype = result_dtype or a.dtype
+    element_type = a.dtype if result_dtype is None else jnp.dtype(result_dtype)
     precision = lax.Precision.HIGHEST
     if sample_dtype is not None:
         a, b, precision = a.astype(sample_dtype), b.astype(sample_dtype), lax.Precision.DEFAULT
@@ -92,7 +92,7 @@ def _contract(
             b.reshape(-1, d),
             (((0,), (0,)), ((), ())),
             precision=precision,
-            preferred_element_type=result_dtype,
+            preferred_element_type=element_type,
         )
         return product.reshape(*(1 for _ in lead), d, d)
     return lax.dot_general(
@@ -100,6 +100,6 @@ def _contract(
         b,
         ((axes, axes), (lead, lead)),
         precision=precision,
-        preferred_element_type=result_dtype,
+        preferred_element_type=element_type,
         out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None,
     )
