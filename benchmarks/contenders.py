@@ -22,10 +22,12 @@ from netdeconv_jax.whitening import Budget, Chebyshev, ChebyshevRidge, Eigh
 
 RATE = 1e-3  # random labels teach nothing; a small rate keeps the loss finite
 _STRATEGIES = {
-    "tol": lambda tol: {"root": Chebyshev(tol)},
-    "ridge": lambda ridge: {"root": Eigh(ridge)},
-    "chebyshev_ridge": lambda ridge: {"root": ChebyshevRidge(ridge)},
-    "rows_per_dim": lambda rows: {"sampling": Budget(rows)},
+    "tol": lambda tol, precision: {"root": Chebyshev(tol, precision=precision)},
+    "ridge": lambda ridge, _: {"root": Eigh(ridge)},
+    "chebyshev_ridge": lambda ridge, precision: {
+        "root": ChebyshevRidge(ridge, precision=precision)
+    },
+    "rows_per_dim": lambda rows, _: {"sampling": Budget(rows)},
 }
 
 
@@ -83,8 +85,9 @@ def _contender(norm: str, settings: list[str]) -> Contender:
                 f"{setting!r}."
             )
         else:
-            change = _STRATEGIES.get(key, lambda value, key=key: {key: value})
-            spec = spec.replace(**change(_literal(value)))
+            change = _STRATEGIES.get(key, lambda value, _, key=key: {key: value})
+            precision = getattr(spec.root, "precision", "highest")
+            spec = spec.replace(**change(_literal(value), precision))
     text = ":".join([norm, ",".join(settings)]) if settings else norm
     return Contender(text, norm, spec, reused="reused" in settings)
 

@@ -1,9 +1,12 @@
-"""Time, memory and compilation of `ops.patch_moments`, value and gradient, by layer and way of taking them.
+"""Time, memory and compilation of `ops.patch_moments`, value and gradient; and what cheaper products cost.
 
   python -m benchmarks.patch_moments [--rounds=9]
 
-Ways take turns. Writes benchmarks/results/patch_moments.json; runs without TFDS, on a CPU or an accelerator.
-Processor time counts all threads; on an accelerator it is the clock that tells.
+Ways of taking them take turns. The errors of `WhiteningSpec.mixed()` and of its parts are those of
+covariance, whitener and its gradient against the default's, on crops of two photos and behind a convolution
+with random weights and a ReLU; TF32 is emulated, since a CPU has none. Needs scikit-learn for the photos.
+Writes benchmarks/results/patch_moments.json; runs without TFDS, on a CPU or an accelerator. Processor time
+counts all threads; on an accelerator it is the clock that tells.
 """
 
 import argparse
@@ -14,12 +17,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks.inverse_sqrt import tf32
 from benchmarks.stages import value_and_pullback
-from netdeconv_jax import ops
+from netdeconv_jax import WhiteningSpec, ops
+from netdeconv_jax.ops import roots
 from train import metrics
 
 RESULT = Path(__file__).parent / "results" / "patch_moments.json"
@@ -39,6 +46,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "one pass": {"shift": True},
     "bfloat16 samples": {"sample_dtype": "bfloat16"},
 }
+CHEAPER = {
+    "samples in bfloat16": WhiteningSpec(sample_dtype="bfloat16"),
+    "root as a polynomial": WhiteningSpec(method="chebyshev"),
+    "the same, in TF32": WhiteningSpec(method="chebyshev", precision="high"),
+    "mixed": WhiteningSpec.mixed(),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -50,6 +63,7 @@ def main(argv: list[str]) -> None:
         "command": " ".join(["python -m benchmarks.patch_moments", *argv]),
         "environment": metrics.environment(),
         "load_average": [os.getloadavg()],
+        "errors": errors(),
         "layers": [measured(*layer, rounds=options.rounds) for layer in LAYERS],
     }
     result["load_average"].append(os.getloadavg())
@@ -104,6 +118,63 @@ def measured(
     }
     say(layer, found)
     return {**layer, "ways": found}
+
+
+def errors() -> list[dict[str, Any]]:
+    """Return the relative errors, in the Frobenius norm, of every cheaper spec on every input."""
+    rows = []
+    for name, images in inputs().items():
+        for dtype in ("float32", "bfloat16"):
+            x = images.astype(dtype)
+            exact = figures(x, WhiteningSpec())
+            jax.clear_caches()  # of traces with another product
+            with mock.patch.object(roots, "multiply", _as_on_a_gpu):
+                found = {spec_name: figures(x, spec) for spec_name, spec in CHEAPER.items()}
+            jax.clear_caches()
+            for spec_name, arrays in found.items():
+                off = {
+                    key: float(np.linalg.norm(arrays[key] - wanted) / np.linalg.norm(wanted))
+                    for key, wanted in exact.items()
+                }
+                print(name, dtype, spec_name, *(f"{error:.1e}" for error in off.values()), sep=", ")
+                rows.append({"input": name, "dtype": dtype, "spec": spec_name, **off})
+    return rows
+
+
+def figures(x: jax.Array, spec: WhiteningSpec) -> dict[str, np.ndarray]:
+    """Return covariance and whitener of 3x3 patches, every third, and a gradient of the whitener."""
+    groups = ops.column_groups(channels=x.shape[-1], taps=9, block_size=64)
+    cotangent = jax.random.normal(jax.random.key(2), (groups.width, groups.width))
+
+    def value(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        found = ops.patch_moments(
+            x, ops.window((3, 3)), groups, sampling_stride=3, sample_dtype=spec.sample_dtype
+        )
+        whitener = spec.root(found.cov + spec.eps * jnp.eye(groups.width))
+        return (whitener * cotangent).sum(), (found.cov, whitener)
+
+    (_, (cov, whitener)), gradient = jax.value_and_grad(value, has_aux=True)(x)
+    found = {"covariance": cov, "whitener": whitener, "gradient": gradient}
+    return {key: np.asarray(array, float) for key, array in found.items()}
+
+
+def inputs() -> dict[str, jax.Array]:
+    """Return crops of two photos, standardized, and the same behind a layer."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    crops = []
+    for photo in load_sample_images().images:
+        for top, left in rng.integers(0, np.array(photo.shape[:2]) - 32, (64, 2)):
+            crops.append(photo[top : top + 32, left : left + 32] / 255)
+    pixels = np.stack(crops)
+    x = jnp.asarray((pixels - pixels.mean((0, 1, 2))) / pixels.std((0, 1, 2)), jnp.float32)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 64)) / 5
+    return {"pixels": x, "behind a ReLU": jax.nn.relu(ops.window((3, 3)).convolve(x, kernel))}
+
+
+def _as_on_a_gpu(a: jax.Array, b: jax.Array, precision: str = "highest") -> jax.Array:
+    return jnp.matmul(a, b, precision="highest") if precision == "highest" else tf32(a, b)
 
 
 def say(layer: dict[str, Any], found: dict[str, Any]) -> None:

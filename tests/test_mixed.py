@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 
-from netdeconv_jax import DeconvConv, DeconvConvTranspose, DeconvDense, WhiteningSpec, ops
+from netdeconv_jax import DeconvConv, DeconvConvTranspose, DeconvDense, WhiteningSpec, models, ops
+from netdeconv_jax.models.summary import layer_table
 from netdeconv_jax.ops import roots
 from netdeconv_jax.whitening import Chebyshev, ChebyshevRidge, NewtonSchulz
 from netdeconv_jax.whitening.channel import ChannelRunning, channel_deconv
@@ -134,7 +135,7 @@ def test_derivatives_of_rounded_samples_are_off_by_a_percent_forward_and_reverse
     assert 1e-6 < relative(tangent("bfloat16"), tangent(None)) < 1e-2
 
 
-def test_a_gradient_over_devices_and_examples_is_that_of_one_batch():
+def test_pooled_over_devices_it_is_the_covariance_of_the_whole_batch():
     x = activations().reshape(4, -1, 16)
     found = jax.vmap(lambda x: ops.moments(x, sample_dtype="bfloat16").psum("i"), axis_name="i")(x)
     whole = ops.moments(x.reshape(-1, 16), sample_dtype="bfloat16")
@@ -185,7 +186,9 @@ def test_the_precision_of_a_spec_is_shorthand_for_its_roots():
     spec = WhiteningSpec(precision="high")
     assert spec.root == NewtonSchulz(precision="high")
     assert spec.replace(method="chebyshev").root == Chebyshev(precision="high")
-    assert spec.replace(num_iters=7).root == NewtonSchulz(7, "high")
+    ridged = WhiteningSpec(root=ChebyshevRidge(precision="high"))
+    assert ridged.replace(method="newton_schulz").root == NewtonSchulz(precision="high")
+    assert spec.replace(num_iters=3).root == NewtonSchulz(3, "high")
     assert WhiteningSpec.mixed() == WhiteningSpec(
         method="chebyshev", precision="high", sample_dtype="bfloat16"
     )
@@ -197,7 +200,58 @@ def test_the_precision_of_a_spec_is_shorthand_for_its_roots():
     assert WhiteningSpec.fast().root == Chebyshev()
 
 
+def test_more_than_five_steps_are_in_float32_unless_asked_otherwise():
+    mixed = WhiteningSpec.mixed()
+    assert mixed.replace(num_iters=15).root == Chebyshev(num_iters=15)
+    assert mixed.replace(num_iters=3).root == Chebyshev(num_iters=3, precision="high")
+    assert mixed.replace(num_iters=6, precision="high").root == Chebyshev(
+        num_iters=6, precision="high"
+    )
+    model = models.create("vgg11", "deconv", 10, spec=mixed)
+    specs = [row.spec for row in layer_table(model, (2, 32, 32, 3)) if row.kind == "deconv_conv"]
+    assert specs[0].root == Chebyshev(num_iters=15)
+    assert {spec.root for spec in specs[1:]} == {mixed.root}
+    assert {spec.sample_dtype for spec in specs} == {"bfloat16"}
+
+
+def test_a_mask_of_fractions_leaves_the_covariance_symmetric_and_positive():
+    x = activations(shift=3.0).reshape(-1, 16)
+    mask = jnp.linspace(0.1, 1, len(x))
+    exact = ops.moments(x, mask)
+    for shift in (None, exact.mean + 0.3, jnp.zeros(16)):
+        found = ops.patch_moments(
+            x[:, None],
+            ops.window((1,)),
+            ops.column_groups(channels=16, taps=1, block_size=16),
+            mask=mask[:, None, None],
+            shift=shift,
+            sample_dtype="bfloat16",
+        )
+        np.testing.assert_allclose(found.cov, found.cov.T, atol=1e-5, rtol=0)
+        assert np.linalg.eigvalsh(found.cov).min() > 0
+        np.testing.assert_allclose(found.mean, exact.mean, rtol=1e-5)
+        assert relative(found.cov, exact.cov) < 4e-3
+
+
+@pytest.mark.parametrize(("deviations", "bound"), [(0.0, 4e-3), (1.0, 8e-3), (3.0, 0.04)])
+def test_in_one_pass_errors_grow_with_what_the_shift_misses(deviations, bound):
+    x = activations().reshape(-1, 16)
+    exact = ops.moments(x)
+    shift = exact.mean + deviations * jnp.sqrt(jnp.diagonal(exact.cov))
+    found = ops.patch_moments(
+        x[:, None],
+        ops.window((1,)),
+        ops.column_groups(channels=16, taps=1, block_size=16),
+        shift=shift,
+        sample_dtype="bfloat16",
+    )
+    assert 1e-6 < relative(found.cov, exact.cov) < bound
+    assert relative(found.mean, exact.mean) < 4e-3 * (1 + deviations)
+
+
 def test_unknown_values_are_named():
+    with pytest.raises(TypeError, match="`sample_dtype` must be None or a string, got dtype"):
+        WhiteningSpec(sample_dtype=np.dtype("float32"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"`sample_dtype` must be one of .*'bfloat16'.*'float16'"):
         WhiteningSpec(sample_dtype="float16")
     with pytest.raises(ValueError, match=r"`sample_dtype` must be one of .*'int8'"):

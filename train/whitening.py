@@ -33,8 +33,8 @@ def create(config: Config) -> WhiteningSpec:
     if not config.through_root:
         if not isinstance(spec.root, NewtonSchulz):
             raise ValueError(
-                f"`whitening.through_root` must be True with method {config.method!r}: only the root of "
-                "method 'newton_schulz' can be detached."
+                f"`whitening.through_root` must be True with {spec.root!r}: only the root of method "
+                "'newton_schulz' can be detached."
             )
         spec = spec.replace(root=Detached(spec.root.num_iters, spec.root.precision))
     return spec

@@ -243,7 +243,8 @@ class DeconvConv(_Deconvolved):
     Attributes:
       features, kernel_size, strides, padding, input_dilation, kernel_dilation, feature_group_count,
         use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype,
-        conv_general_dilated: as `nn.Conv`. `precision` is the convolution's; statistics run at HIGHEST.
+        conv_general_dilated: as `nn.Conv`. `precision` is the convolution's; that of statistics is
+        HIGHEST unless `spec` has it otherwise.
         Of `promote_dtype` only the dtype that it chooses is used: the kernel is folded before it is cast.
       use_running_average: use running statistics (evaluation) or the batch's (training); here or in the
         call, not both.

@@ -41,7 +41,11 @@ def gram(
       >>> gram(jnp.array([[1.0, 2.0], [0.0, 1.0]]), None, (0,)).tolist()
       [[1.0, 2.0], [2.0, 5.0]]
     """
-    return _contract(_weighted(x, weights), x, axes, sample_dtype)
+    if sample_dtype is None:
+        return _contract(_weighted(x, weights), x, axes, None)
+    # Both factors are rounded alike, so that the result is symmetric and has no eigenvalue below 0.
+    x = _weighted(x, None if weights is None else jnp.sqrt(weights))
+    return _contract(x, x, axes, sample_dtype)
 
 
 def _jvp(axes, sample_dtype, primals, tangents):

@@ -51,7 +51,7 @@ def chebyshev(
       cov: symmetric positive semi-definite, shape [..., d, d], floating point.
       num_iters: static int >= 1, steps of the iteration that is imitated.
       tol: static float > 0, relative error of the result along every eigenvector.
-      precision: of its products, as `newton_schulz`; TF32 adds 1e-3 of the result, bfloat16 8e-3.
+      precision: of its products, as `newton_schulz`; TF32 adds 1e-3 of the result, bfloat16 1e-2.
     Returns:
       [..., d, d] in `promote_types(float32, cov.dtype)`.
     Raises:

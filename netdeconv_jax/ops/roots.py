@@ -29,8 +29,8 @@ def newton_schulz(cov: jax.Array, *, num_iters: int = 5, precision: str = "highe
       num_iters: static int >= 1. Below float64 more than about 15 steps gain nothing.
       precision: of its products, by JAX's names. `"highest"` is float32; `"high"` is TF32 on GPUs and three
         bfloat16 products on TPUs; `"default"` is TF32 on GPUs and one bfloat16 product on TPUs. CPUs have
-        float32 alone. Five steps lose 1e-5 of the result with three bfloat16 products, 6e-4 with TF32 and
-        5e-3 with one bfloat16 product, whatever the condition; fifteen bear `"highest"` only.
+        float32 alone. Five steps lose 1e-5 of the result with three bfloat16 products, 1e-3 with TF32 and
+        7e-3 with one bfloat16 product; ten and more bear `"highest"` only.
     Returns:
       [..., d, d] in `promote_types(float32, cov.dtype)`; polynomial in `cov`, so it commutes with it.
     Raises:

@@ -27,7 +27,8 @@ def shifted_sums(
       weights: as `ops.moments`.
       shift: [*others, d], near the mean, a constant to the derivative; its dtype is that of the result.
       axes: the sample axes; the others lead.
-      sample_dtype: as `ops.moments`; the shifted samples are rounded, and their mean with them.
+      sample_dtype: as `ops.moments`, but what is rounded is the distance from `shift`, and the mean with it.
+        Ignored beside weights: they must weigh the ones as they do the rest.
     Returns:
       [*others, d + 1, d + 1].
 
@@ -50,6 +51,7 @@ def shifted_sums(
     x = x - lax.stop_gradient(shift).reshape(*shape, x.shape[-1])
     # `pad` rather than a concatenation: over an explicit mesh the ones lie where the samples do.
     one = jnp.ones((), x.dtype)
+    sample_dtype = sample_dtype if weights is None else None
     return gram(
         lax.pad(x, one, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)]), weights, axes, sample_dtype
     )

@@ -23,6 +23,11 @@ from netdeconv_jax.whitening.strategies import (
 )
 
 WHITEN = ("patches", "channels")
+_OF_PRODUCTS = (
+    NewtonSchulz,
+    Chebyshev,
+    ChebyshevRidge,
+)  # the roots whose products have a precision
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -46,14 +51,16 @@ class WhiteningSpec:
         mean; see `shift` of `ops.patch_moments`. That mean starts at 0, so that the first steps are inexact
         where the input's is tens of deviations: not for such input. `ChannelDeconv` ignores it.
       sample_dtype: None, or `"bfloat16"`: centred samples are rounded to it before they are multiplied, with
-        sums in float32; see `ops.moments`.
+        sums in float32 at least; see `ops.moments`, and with `one_pass` `ops.patch_moments`.
 
     The keywords `method`, `num_iters`, `precision` (of the root's products), `sampling_stride`,
     `block_size`, `shared_whitener`, `freeze_schedule` and the names `"interleaved"` and `"contiguous"` are
-    shorthand for the strategies, here and in `replace`.
+    shorthand for the strategies, here and in `replace`. More than five steps bear no lower precision: where
+    `num_iters` is raised above that, the root's is `"highest"` again unless `precision` is given beside it.
 
     Raises:
-      ValueError: a value out of range, or an unknown `method`, `grouping`, `whiten` or `local_norm`.
+      ValueError: a value out of range, or an unknown `method`, `precision`, `grouping`, `whiten`,
+        `local_norm` or `sample_dtype`.
       TypeError: a value of the wrong type, or an unknown keyword.
 
     Source: Ye et al. 2020; the values of the original code.
@@ -131,9 +138,10 @@ class WhiteningSpec:
         """Return the default's whitening, in products that accelerators are fast at: for bfloat16 networks.
 
         Samples are multiplied as bfloat16; the root takes half the products, in TF32 on GPUs, as three
-        products of bfloat16 on TPUs. All sums are float32. On CIFAR-10 the whitener is the default's to
-        1.2e-3 of its norm, its gradient to 9e-3: what rounding to bfloat16 does by itself. On CPUs nothing is
-        saved but half of the root's products. What it saves on a GPU has been reckoned, not measured.
+        products of bfloat16 on TPUs. Sums are float32. On images the whitener is the default's to 2e-3 of its
+        norm, its gradient to 1e-2: what rounding to bfloat16 does by itself. Layers with more than five
+        iterations, the stems of most networks, keep those in float32. On CPUs nothing is saved but half of
+        the root's products. What it saves on a GPU has been reckoned, not measured.
         """
         return cls(root=Chebyshev(precision="high"), sample_dtype="bfloat16")
 
@@ -199,15 +207,18 @@ def _named_root(method: str, current: Root) -> Root:
     strategy = {"newton_schulz": NewtonSchulz, "chebyshev": Chebyshev, "eigh": Eigh}[method]
     if isinstance(current, strategy):
         return current
-    if strategy is not Eigh and isinstance(current, NewtonSchulz | Chebyshev):
-        return strategy(num_iters=current.num_iters, precision=current.precision)
-    return strategy()
+    if strategy is Eigh or not isinstance(current, _OF_PRODUCTS):
+        return strategy()
+    kept = ("num_iters", "precision")
+    return strategy(**{name: getattr(current, name) for name in kept if hasattr(current, name)})
 
 
 def _with_num_iters(root: Root, num_iters: int, named: bool) -> Root:
     """`num_iters` beside a method that has no use for it is ignored, as in `ops.inverse_sqrt`."""
     roots.check_num_iters(num_iters)
     if isinstance(root, NewtonSchulz | Chebyshev):
+        if num_iters > 5:
+            root = dataclasses.replace(root, precision="highest")
         return dataclasses.replace(root, num_iters=num_iters)
     if named:
         return root
@@ -215,7 +226,7 @@ def _with_num_iters(root: Root, num_iters: int, named: bool) -> Root:
 
 
 def _with_precision(root: Root, precision: str) -> Root:
-    if isinstance(root, NewtonSchulz | Chebyshev | ChebyshevRidge):
+    if isinstance(root, _OF_PRODUCTS):
         return dataclasses.replace(root, precision=precision)
     raise ValueError(f"`precision`={precision!r} has no meaning for {root!r}; leave it out.")
 
