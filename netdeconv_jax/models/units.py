@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.linen import DeconvConv, DeconvDense
 from netdeconv_jax.models.initializers import PYTORCH, Initializers
 from netdeconv_jax.whitening import WhiteningSpec
@@ -124,7 +125,9 @@ class Units:
             } | self._shared(init.kernel, init.bias(fan_in), name)
             if self._whitens:
                 return DeconvConv(**arguments, **self._whitening(whitening))(x)
-            return nn.Conv(**arguments)(x)
+            # In training as `DeconvConv`, so that the norms are compared on the same convolution.
+            operation = ops.convolution if self.train else None
+            return nn.Conv(**arguments, conv_general_dilated=operation)(x)
 
         return layer
 

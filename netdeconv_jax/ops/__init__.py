@@ -1,5 +1,6 @@
 """Pure functions of network deconvolution: arrays in, arrays out, on jax and numpy alone."""
 
+from netdeconv_jax.ops.convolution import convolution
 from netdeconv_jax.ops.fold import fold
 from netdeconv_jax.ops.grouping import ColumnGroups, column_groups, effective_block
 from netdeconv_jax.ops.inverse_sqrt import inverse_sqrt
@@ -21,6 +22,7 @@ __all__ = [
     "chebyshev",
     "chebyshev_ridge",
     "column_groups",
+    "convolution",
     "effective_block",
     "eigh",
     "every_nth",

@@ -136,6 +136,8 @@ def deconv_conv(
         moments=moments,
     )
     kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    if not use_running_average and conv_general_dilated in (None, lax.conv_general_dilated):
+        conv_general_dilated = ops.convolution
     y = plain_conv(
         x,
         kernel,

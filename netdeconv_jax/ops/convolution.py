@@ -1,0 +1,157 @@
+"""A convolution whose kernel's gradient is not slow on a CPU.
+
+XLA's CPU backend computes that gradient as one convolution with the images as its channels, at 15 to 45
+Gflop/s a core where the convolution itself runs at 90. In parts of 32 images, or as a product of matrices
+where the kernel is 1x1, it is two to ten times as fast. Anywhere else this is `lax.conv_general_dilated`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
+
+_PART, _MOST_PARTS = 32, 8
+
+
+def convolution(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Convolve as `lax.conv_general_dilated` does; on one CPU, with a faster gradient for the kernel.
+
+    The same function with the same derivatives, of every order, forward and reverse: the sum over images is
+    only taken in parts. To be given as `conv_general_dilated` to a layer of Flax. Where images may lie on
+    several devices nothing is split.
+
+    Args:
+      lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+        batch_group_count, precision, preferred_element_type: as `lax.conv_general_dilated`.
+
+    Source: ours.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from netdeconv_jax import ops
+      >>> layer = nn.Conv(4, (3, 3), conv_general_dilated=ops.convolution)
+      >>> layer.init_with_output(jax.random.key(0), jnp.ones((64, 8, 8, 3)))[0].shape
+      (64, 8, 8, 4)
+    """
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    settings = _Settings(
+        tuple(window_strides),
+        padding if isinstance(padding, str) else tuple(tuple(pair) for pair in padding),
+        None if lhs_dilation is None else tuple(lhs_dilation),
+        None if rhs_dilation is None else tuple(rhs_dilation),
+        numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
+        preferred_element_type,
+    )
+    if _on_one_cpu() and _is_slow(lhs, settings):
+        return _with_fast_gradient(lhs, rhs, settings)
+    return _convolve(lhs, rhs, settings)
+
+
+class _Settings(NamedTuple):
+    window_strides: tuple[int, ...]
+    padding: Any
+    lhs_dilation: tuple[int, ...] | None
+    rhs_dilation: tuple[int, ...] | None
+    dimension_numbers: lax.ConvDimensionNumbers
+    feature_group_count: int
+    batch_group_count: int
+    precision: Any
+    preferred_element_type: Any
+
+
+def _on_one_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def _is_slow(x: jax.Array, settings: _Settings) -> bool:
+    """Whether the gradient is one of those that are slow, and its images can be taken apart."""
+    numbers = settings.dimension_numbers
+    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return (
+        isinstance(x.shape[0], int)
+        and x.shape[0] >= 2 * _PART
+        and numbers.lhs_spec[0] == numbers.out_spec[0] == 0
+        and settings.feature_group_count == settings.batch_group_count == 1
+        and not explicit
+    )
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, **settings._asdict())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _with_fast_gradient(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
+    return _convolve(x, kernel, settings)
+
+
+def _jvp(settings, primals, tangents):
+    (x, kernel), (dx, dkernel) = primals, tangents
+    value = _with_fast_gradient(x, kernel, settings)
+    tangent = jnp.zeros_like(value)
+    if not isinstance(dkernel, SymbolicZero):
+        tangent = _in_parts(x, dkernel, settings)
+    if not isinstance(dx, SymbolicZero):
+        of_x = _with_fast_gradient(dx, kernel, settings)
+        tangent = of_x if isinstance(dkernel, SymbolicZero) else tangent + of_x
+    return value, tangent
+
+
+_with_fast_gradient.defjvp(_jvp, symbolic_zeros=True)
+
+
+def _in_parts(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
+    """The convolution, written so that its transpose in `kernel` is a sum over parts of the images."""
+    if _is_a_product(x, kernel, settings):
+        steps = (slice(None), *(slice(None, None, s) for s in settings.window_strides), slice(None))
+        x = x[steps]
+        product = lax.dot_general(
+            x.reshape(-1, x.shape[-1]),
+            kernel.reshape(kernel.shape[-2:]),
+            (((1,), (0,)), ((), ())),
+            precision=settings.precision,
+            preferred_element_type=settings.preferred_element_type,
+        )
+        return product.reshape(*x.shape[:-1], product.shape[-1])
+    size = max(_PART, -(-x.shape[0] // _MOST_PARTS))
+    parts = [
+        _convolve(x[first : first + size], kernel, settings) for first in range(0, x.shape[0], size)
+    ]
+    return lax.concatenate(parts, 0)
+
+
+def _is_a_product(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
+    last = x.ndim - 1
+    channels_last = lax.ConvDimensionNumbers(
+        lhs_spec=(0, last, *range(1, last)),
+        rhs_spec=(last, last - 1, *range(last - 1)),
+        out_spec=(0, last, *range(1, last)),
+    )
+    unpadded = isinstance(settings.padding, str) or not any(map(any, settings.padding))
+    return (
+        settings.dimension_numbers == channels_last
+        and set(kernel.shape[:-2]) == {1}
+        and set(settings.lhs_dilation or (1,)) == {1}
+        and unpadded
+    )

@@ -1,0 +1,267 @@
+"""The convolution with a fast gradient for its kernel: values and derivatives are those of `lax`."""
+
+import importlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AxisType
+
+from netdeconv_jax import DeconvConv, models, ops
+
+module = importlib.import_module(
+    "netdeconv_jax.ops.convolution"
+)  # `ops.convolution` is the function
+CHANNELS_LAST = {
+    2: ("NHWC", "HWIO", "NHWC"),
+    1: ("NWC", "WIO", "NWC"),
+    3: ("NDHWC", "DHWIO", "NDHWC"),
+}
+# Image without its batch, kernel, and how to convolve.
+CASES = {
+    "3x3": ((5, 6, 3), (3, 3, 3, 4), {}),
+    "3x3, stride 2": ((6, 5, 3), (3, 3, 3, 4), {"window_strides": (2, 2)}),
+    "padded": ((5, 6, 3), (3, 3, 3, 4), {"padding": ((2, 0), (1, 3))}),
+    "dilated": ((7, 6, 3), (3, 2, 3, 4), {"rhs_dilation": (2, 1), "lhs_dilation": (1, 2)}),
+    "1x1": ((5, 6, 3), (1, 1, 3, 4), {}),
+    "1x1, stride 2": ((5, 6, 3), (1, 1, 3, 4), {"window_strides": (2, 3)}),
+    "1x1, no padding": ((5, 6, 3), (1, 1, 3, 4), {"padding": ((0, 0), (0, 0))}),
+    "1x1, padded": ((5, 6, 3), (1, 1, 3, 4), {"padding": ((1, 1), (0, 2))}),
+    "1x1, dilated": ((4, 3, 3), (1, 1, 3, 4), {"lhs_dilation": (2, 1), "padding": ((0, 0), (0, 0))}),
+    "one axis": ((9, 3), (3, 3, 4), {}),
+    "1, one axis": ((9, 3), (1, 3, 4), {"window_strides": (2,)}),
+    "three axes": ((4, 3, 5, 2), (2, 3, 1, 2, 3), {}),
+    "channels first": ((3, 5, 6), (4, 3, 3, 3), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
+    "1x1, channels first": (
+        (3, 5, 6),
+        (4, 3, 1, 1),
+        {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    ),
+}
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    monkeypatch.setattr(module, "_on_one_cpu", lambda: True)
+
+
+def case(name, batch=70):
+    image, kernel, given = CASES[name]
+    axes = len(image) - 1
+    keywords = {
+        "window_strides": (1,) * axes,
+        "padding": "SAME",
+        "dimension_numbers": CHANNELS_LAST[axes],
+    } | given
+    if "lhs_dilation" in keywords and keywords["padding"] == "SAME":
+        keywords["padding"] = ((1, 1),) * axes
+    rng = np.random.default_rng(0)
+    return (
+        jnp.asarray(rng.normal(size=(batch, *image))),
+        jnp.asarray(rng.normal(size=kernel)),
+        keywords,
+    )
+
+
+def primitives(function, *args):
+    def found(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for inner in jaxprs_in_params(eqn.params):
+                yield from found(inner)
+
+    return list(found(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_derivatives_are_those_of_lax(name, x64, one_cpu):
+    x, kernel, keywords = case(name)
+    assert "custom_jvp_call" in primitives(
+        lambda x, k: ops.convolution(x, k, **keywords), x, kernel
+    )
+
+    def figures(convolution):
+        def value(x, kernel):
+            return jnp.sin(convolution(x, kernel, **keywords)).sum()
+
+        gradients = jax.grad(value, argnums=(0, 1))(x, kernel)
+        curvature = jax.grad(
+            lambda x, k: sum((g**2).sum() for g in jax.grad(value, argnums=(0, 1))(x, k)), (0, 1)
+        )(x, kernel)
+        tangent = jax.jvp(
+            lambda x, k: convolution(x, k, **keywords), (x, kernel), (jnp.cos(x), jnp.cos(kernel))
+        )
+        return convolution(x, kernel, **keywords), gradients, curvature, tangent
+
+    ours, expected = figures(ops.convolution), figures(lax.conv_general_dilated)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(64, 2), (70, 3), (256, 8), (300, 8)])
+def test_the_gradient_of_the_kernel_is_taken_in_parts_of_the_batch(batch, parts, one_cpu):
+    x, kernel, keywords = case("3x3", batch)
+
+    def value(x, kernel):
+        return ops.convolution(x, kernel, **keywords).sum()
+
+    def convolutions(function):
+        return primitives(function, x, kernel).count("conv_general_dilated")
+
+    assert convolutions(value) == 1
+    assert (
+        convolutions(jax.grad(value, argnums=1)) == 1 + parts
+    )  # nothing for an input that is data
+    assert convolutions(jax.grad(value, argnums=0)) == 2
+    assert convolutions(jax.grad(value, argnums=(0, 1))) == 2 + parts
+
+
+def test_that_of_a_kernel_of_one_pixel_is_a_product_of_matrices(one_cpu):
+    for name, product in (("1x1", True), ("1x1, stride 2", True), ("1x1, padded", False)):
+        x, kernel, keywords = case(name)
+
+        def value(kernel, x=x, keywords=keywords):
+            return ops.convolution(x, kernel, **keywords).sum()
+
+        found = primitives(jax.grad(value), kernel)
+        assert found.count("dot_general") == product
+        assert found.count("conv_general_dilated") == (1 if product else 1 + 3)
+
+
+def test_under_jit_and_vmap(x64, one_cpu):
+    x, kernel, keywords = case("3x3", 64)
+    xs, kernels = jnp.stack([x, x + 1]), jnp.stack([kernel, kernel - 1])
+
+    def gradients(convolution):
+        def value(x, kernel):
+            return jnp.sin(convolution(x, kernel, **keywords)).sum()
+
+        return jax.jit(jax.vmap(jax.grad(value, argnums=(0, 1))))(xs, kernels)
+
+    for one, other in zip(
+        gradients(ops.convolution), gradients(lax.conv_general_dilated), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_half_precision_keeps_its_types(one_cpu):
+    for name in ("3x3", "1x1"):
+        x, kernel, keywords = case(name)
+        x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+        y = ops.convolution(x, kernel, **keywords, preferred_element_type=jnp.float32)
+        assert y.dtype == jnp.float32
+
+        def gradients(convolution, x=x, kernel=kernel, keywords=keywords):
+            def value(x, kernel):
+                return convolution(x, kernel, **keywords).astype(jnp.float32).sum()
+
+            return jax.grad(value, argnums=(0, 1))(x, kernel)
+
+        ours, expected = gradients(ops.convolution), gradients(lax.conv_general_dilated)
+        for one, other in zip(ours, expected, strict=True):
+            assert one.dtype == jnp.bfloat16
+            off = np.linalg.norm(np.asarray(one - other, float))
+            assert off < 0.02 * np.linalg.norm(np.asarray(other, float))
+
+
+@pytest.mark.parametrize(
+    "why", ["several devices", "a small batch", "groups", "groups of the batch", "an explicit mesh"]
+)
+def test_elsewhere_it_is_lax_itself(why, monkeypatch):
+    if why != "several devices":
+        monkeypatch.setattr(module, "_on_one_cpu", lambda: True)
+    x, kernel, keywords = case("3x3", 63 if why == "a small batch" else 64)
+    if why == "groups":
+        kernel, keywords = kernel[:, :, :1, :3], keywords | {"feature_group_count": 3}
+    if why == "groups of the batch":
+        keywords = keywords | {"batch_group_count": 4}
+    if why == "an explicit mesh":
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        kernel = jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
+    found = primitives(lambda x, kernel: ops.convolution(x, kernel, **keywords), x, kernel)
+    assert "custom_jvp_call" not in found
+    assert found.count("conv_general_dilated") == 1
+
+
+def layer_step(operation):
+    layer = DeconvConv(4, (3, 3), conv_general_dilated=operation)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(64, 6, 6, 3)))
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+
+    def loss(params, x, evaluate):
+        y, _ = layer.apply(
+            {**variables, "params": params},
+            x,
+            use_running_average=evaluate,
+            mutable=["batch_stats"],
+        )
+        return jnp.sin(y).sum()
+
+    return loss, variables["params"], x
+
+
+@pytest.mark.parametrize("default", [None, lax.conv_general_dilated])
+def test_layers_that_are_given_no_other_train_with_it_and_evaluate_without(default, x64, one_cpu):
+    loss, params, x = layer_step(default)
+    # A root, too, is a function with a derivative of its own; the convolution is one more.
+    count = primitives(lambda p: loss(p, x, False), params).count("custom_jvp_call")
+
+    def plain(*args, **keywords):
+        return lax.conv_general_dilated(*args, **keywords)
+
+    other, _, _ = layer_step(plain)
+    assert count == 1 + primitives(lambda p: other(p, x, False), params).count("custom_jvp_call")
+    assert "custom_jvp_call" not in primitives(lambda p: loss(p, x, True), params)
+    ours, expected = (jax.grad(f, argnums=(0, 1))(params, x, False) for f in (loss, other))
+    for one, another in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, another, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_networks_without_whitening_train_on_the_same_convolution(norm, one_cpu):
+    model = models.create("cnn", norm, 10)
+    x = jnp.zeros((64, 8, 8, 1))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+
+    def run(variables, train):
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])[0]
+
+    layers = sum(isinstance(module, nn.Conv) for module in convolutions_of(model, variables, x))
+    assert layers > 1
+    trained = primitives(lambda v: run(v, True), variables)
+    evaluated = primitives(lambda v: run(v, False), variables)
+    assert trained.count("custom_jvp_call") - evaluated.count("custom_jvp_call") == layers
+
+
+def convolutions_of(model, variables, x):
+    found = []
+
+    def intercept(run, args, keywords, context):
+        found.append(context.module)
+        return run(*args, **keywords)
+
+    with nn.intercept_methods(intercept):
+        jax.eval_shape(lambda v: model.apply(v, x, train=False), variables)
+    return found
+
+
+def test_a_process_with_one_cpu_has_it():
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from netdeconv_jax import ops\n"
+        "x, k = jnp.ones((64, 4, 4, 2)), jnp.ones((3, 3, 2, 2))\n"
+        "f = lambda k: ops.convolution(x, k, (1, 1), 'SAME',\n"
+        "    dimension_numbers=('NHWC', 'HWIO', 'NHWC')).sum()\n"
+        "print(jax.device_count(), str(jax.make_jaxpr(f)(k)).count('custom_jvp_call'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["1", "1"]
