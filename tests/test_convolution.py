@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
@@ -33,7 +34,11 @@ CASES = {
     "1x1, stride 2": ((5, 6, 3), (1, 1, 3, 4), {"window_strides": (2, 3)}),
     "1x1, no padding": ((5, 6, 3), (1, 1, 3, 4), {"padding": ((0, 0), (0, 0))}),
     "1x1, padded": ((5, 6, 3), (1, 1, 3, 4), {"padding": ((1, 1), (0, 2))}),
-    "1x1, dilated": ((4, 3, 3), (1, 1, 3, 4), {"lhs_dilation": (2, 1), "padding": ((0, 0), (0, 0))}),
+    "1x1, dilated": (
+        (4, 3, 3),
+        (1, 1, 3, 4),
+        {"lhs_dilation": (2, 1), "padding": ((0, 0), (0, 0))},
+    ),
     "one axis": ((9, 3), (3, 3, 4), {}),
     "1, one axis": ((9, 3), (1, 3, 4), {"window_strides": (2,)}),
     "three axes": ((4, 3, 5, 2), (2, 3, 1, 2, 3), {}),
@@ -104,7 +109,7 @@ def test_value_and_derivatives_are_those_of_lax(name, x64, one_cpu):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize(("batch", "parts"), [(64, 2), (70, 3), (256, 8), (300, 8)])
+@pytest.mark.parametrize(("batch", "parts"), [(64, 2), (70, 3), (128, 4), (300, 4)])
 def test_the_gradient_of_the_kernel_is_taken_in_parts_of_the_batch(batch, parts, one_cpu):
     x, kernel, keywords = case("3x3", batch)
 
@@ -150,6 +155,35 @@ def test_under_jit_and_vmap(x64, one_cpu):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
+def test_a_policy_that_saves_products_saves_convolutions(one_cpu):
+    x, kernel, keywords = case("3x3", 64)
+
+    def value(kernel):
+        return jnp.sin(ops.convolution(jnp.sin(x * kernel.sum()), kernel, **keywords)).sum()
+
+    def convolutions(policy):
+        kept = jax.checkpoint(value, policy=policy)
+        return primitives(jax.grad(kept), kernel).count("conv_general_dilated")
+
+    policies = jax.checkpoint_policies
+    saved = convolutions(policies.dots_saveable)
+    assert saved == convolutions(policies.everything_saveable)
+    assert saved < convolutions(policies.nothing_saveable)
+
+
+@pytest.mark.parametrize("give_sharding", [False, True])
+def test_layers_of_nnx_take_it(give_sharding, x64, one_cpu):
+    x, _, _ = case("3x3", 64)
+
+    def step(**operation):
+        layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), param_dtype=float, **operation)
+        sharding = {"out_sharding": None} if give_sharding else {}
+        return nnx.grad(lambda layer: jnp.sin(layer(x, **sharding)).sum())(layer)
+
+    ours, expected = step(conv_general_dilated=ops.convolution), step()
+    np.testing.assert_allclose(ours.kernel[...], expected.kernel[...], rtol=1e-9)
+
+
 def test_half_precision_keeps_its_types(one_cpu):
     for name in ("3x3", "1x1"):
         x, kernel, keywords = case(name)
@@ -171,7 +205,17 @@ def test_half_precision_keeps_its_types(one_cpu):
 
 
 @pytest.mark.parametrize(
-    "why", ["several devices", "a small batch", "groups", "groups of the batch", "an explicit mesh"]
+    "why",
+    [
+        "several devices",
+        "a small batch",
+        "groups",
+        "groups of the batch",
+        "an explicit mesh",
+        "half precision",
+        "an algorithm",
+        "no channels",
+    ],
 )
 def test_elsewhere_it_is_lax_itself(why, monkeypatch):
     if why != "several devices":
@@ -181,6 +225,12 @@ def test_elsewhere_it_is_lax_itself(why, monkeypatch):
         kernel, keywords = kernel[:, :, :1, :3], keywords | {"feature_group_count": 3}
     if why == "groups of the batch":
         keywords = keywords | {"batch_group_count": 4}
+    if why == "half precision":
+        x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    if why == "an algorithm":
+        keywords = keywords | {"precision": lax.DotAlgorithmPreset.F32_F32_F32}
+    if why == "no channels":
+        x, kernel = x[..., :0], kernel[:, :, :0]
     if why == "an explicit mesh":
         mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
         x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))

@@ -89,7 +89,8 @@ def deconv_conv(
       moments: stand in for those of the batch; those of several microbatches, merged.
       reduction: where statistics are pooled over a mapped axis.
       dtype: of the convolution; default that of `x` and `kernel` promoted.
-      precision, conv_general_dilated: of the convolution alone; of statistics `spec` has it.
+      precision, conv_general_dilated: of the convolution alone; of statistics `spec` has it. In training
+        `ops.convolution` stands for `lax.conv_general_dilated`, the same function.
       preferred_element_type: of the convolution's result, if not `dtype`.
     Returns:
       y [*batch, *out, features] in `dtype`, or as preferred, and the running statistics after this step.

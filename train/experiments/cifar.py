@@ -4,14 +4,19 @@ The recipe is the original code's, see `configs/cifar10.py`, and so are the netw
 column of one epoch is a run of one epoch, its learning rate brought to zero within it.
 """
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
 from train.experiments.published import FINAL, PREPRINT, REPLICATED
 from train.experiments.tables import mean_range, table
 
+IN_PYTORCH = (
+    Path(__file__).parents[2] / "benchmarks" / "results" / "torch_batch_norm.json"
+)  # not one of our runs
 NORMS = {"batch": "batch norm", "channel": "channel deconvolution", "deconv": "deconvolution"}
 CLOSE = {
     1: 5.0,
@@ -167,7 +172,24 @@ def _tell(
     picture = draw.dots(
         name.lower().replace(" ", "_") + f"_{epochs}", dots, title=title, what="test accuracy, %"
     )
-    return [picture, "", *table(heads, rows)]
+    return [picture, "", *table(heads, rows), *(_in_pytorch() if epochs == 1 else [])]
+
+
+def _in_pytorch() -> list[str]:
+    """What PyTorch has by the same recipe: a published batch norm that we miss may be missed there too."""
+    if not IN_PYTORCH.exists():
+        return []
+    told = [
+        f"{100 * run['epochs'][-1]['test_accuracy']:.2f} (width {run['width']}, "
+        f"{len(run['epochs'])} {'epoch' if len(run['epochs']) == 1 else 'epochs'}, seed {run['seed']})"
+        for run in json.loads(IN_PYTORCH.read_text())
+    ]
+    return [
+        "",
+        "ResNet-18 with batch norm in PyTorch, by the same recipe (`benchmarks/torch_batch_norm.py`), to be "
+        f"compared with the published figures as well: {', '.join(told)}. Those of width 16 belong beside "
+        "`batch` of the ablation.",
+    ]
 
 
 def cost(runs: Sequence[Result]) -> str:
