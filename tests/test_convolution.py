@@ -96,9 +96,12 @@ def test_value_and_derivatives_are_those_of_lax(name, x64, one_cpu):
             return jnp.sin(convolution(x, kernel, **keywords)).sum()
 
         gradients = jax.grad(value, argnums=(0, 1))(x, kernel)
-        curvature = jax.grad(
-            lambda x, k: sum((g**2).sum() for g in jax.grad(value, argnums=(0, 1))(x, k)), (0, 1)
-        )(x, kernel)
+        curvature = None
+        if name in ("3x3", "1x1"):
+            curvature = jax.grad(
+                lambda x, k: sum((g**2).sum() for g in jax.grad(value, argnums=(0, 1))(x, k)),
+                argnums=(0, 1),
+            )(x, kernel)
         tangent = jax.jvp(
             lambda x, k: convolution(x, k, **keywords), (x, kernel), (jnp.cos(x), jnp.cos(kernel))
         )

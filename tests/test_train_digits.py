@@ -247,7 +247,9 @@ def test_a_comparison_writes_its_table_its_figures_and_its_picture(trainers, tmp
     assert str(tmp_path / "curves.png") in table
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_the_table_the_figures_and_the_picture(tmp_path, number):
     arguments = [f"--config={SOURCE.format('deconv')}", f"--workdir={tmp_path}"]
     arguments += ["--compare=batch,deconv", "--seeds=0,1", *overrides(epochs=100000)]

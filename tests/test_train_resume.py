@@ -46,7 +46,7 @@ def weights(workdir):
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 10))]
+    "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))]
 )
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(whole, cache, tmp_path, seed):
     chance = random.Random(seed)
@@ -92,7 +92,11 @@ def test_a_signal_while_it_compiles_ends_it_quietly(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    "breaking", [broken_in_the_middle, lambda content: content[: len(content) // 2]]
+    "breaking",
+    [
+        broken_in_the_middle,
+        pytest.param(lambda content: content[: len(content) // 2], marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, cache, tmp_path, breaking):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)

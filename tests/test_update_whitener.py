@@ -177,7 +177,8 @@ def test_an_nnx_step_that_is_jitted_alternates_between_two_programs():
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp", "cnn", "lenet", pytest.param("resnet18", marks=pytest.mark.slow)]
+    "name",
+    ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp", "lenet", "resnet18"))],
 )
 def test_the_argument_of_a_network_reaches_all_of_its_layers(name):
     model = models.create(name, spec=WhiteningSpec(block_size=4, num_iters=2), width=0.25)
