@@ -12,7 +12,6 @@ counts all threads; on an accelerator it is the clock that tells.
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 
 from benchmarks.inverse_sqrt import tf32
 from benchmarks.stages import value_and_pullback
+from benchmarks.step_time import spread
 from netdeconv_jax import WhiteningSpec, ops
 from netdeconv_jax.ops import roots
 from train import metrics
@@ -102,13 +102,9 @@ def measured(
             taken = time.perf_counter() - start, time.process_time() - processor
             turns[name].append((1e3 * taken[0], 1e3 * taken[1]))
     for name, taken in turns.items():
-        wall, processor = zip(*taken, strict=True)
+        wall, processor = map(list, zip(*taken, strict=True))
         for kind, values in (("wall", wall), ("processor", processor)):
-            found[name][f"{kind}_milliseconds"] = {
-                "median": statistics.median(values),
-                "least": min(values),
-                "most": max(values),
-            }
+            found[name][f"{kind}_milliseconds"] = spread(values)
     layer = {
         "input": shape,
         "kernel": kernel,

@@ -45,6 +45,10 @@ def convolution(
     Args:
       lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         batch_group_count, precision, preferred_element_type, out_sharding: as `lax.conv_general_dilated`.
+    Returns:
+      As `lax.conv_general_dilated`, of the same shape and dtype.
+    Raises:
+      What `lax.conv_general_dilated` does, for shapes and settings that do not go together.
 
     Source: ours.
 
