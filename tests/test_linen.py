@@ -603,7 +603,9 @@ def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough():
 
 def test_the_fast_spec_trains_and_its_root_is_the_papers():
     spec = WhiteningSpec.fast()
-    assert spec == WhiteningSpec(method="chebyshev", sampling=Budget(16), block_size=16)
+    assert spec == WhiteningSpec(
+        method="chebyshev", num_iters=3, sampling=Budget(16), block_size=16
+    )
     x = normal((8, 12, 12, 32))
     fast = DeconvConv(4, (3, 3), spec=spec)
     slow = DeconvConv(4, (3, 3), spec=spec, method="newton_schulz")

@@ -196,14 +196,14 @@ def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
 def _sampled_patches(x, mask, geometry, sampling_stride):
     strides = tuple(s * sampling_stride for s in geometry.strides)
     # (channel, tap) order, as the original flattens
-    columns = cut(geometry.pad(x), geometry, strides, channels_first=True)
+    columns = cut(x, geometry, strides, channels_first=True)
     columns = columns.reshape(*columns.shape[: x.ndim - 1], x.shape[-1] * geometry.taps)
     if mask is None:
         return columns, None
     if mask.shape[1:-1] == (1,) * geometry.ndim:
         return columns, jnp.broadcast_to(mask[..., 0], columns.shape[:-1])
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
-    touched = cut(geometry.pad(mask, value=jnp.inf), geometry, strides)
+    touched = cut(mask, geometry, strides, value=jnp.inf)
     least = jnp.min(touched, axis=tuple(range(x.ndim - 1, touched.ndim - 1)))
     # A window of padding alone weighs as much as the heaviest pixel of its image.
     heaviest = jnp.max(mask, axis=tuple(range(1, mask.ndim)), keepdims=True)

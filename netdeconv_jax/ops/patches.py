@@ -231,26 +231,35 @@ def extract_patches(
         raise ValueError(
             f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {x.shape}."
         )
-    return cut(geometry.pad(x), geometry, geometry.strides)
+    return cut(x, geometry, geometry.strides)
 
 
 def cut(
-    padded: jax.Array, geometry: Window, strides: tuple[int, ...], *, channels_first: bool = False
+    x: jax.Array,
+    geometry: Window,
+    strides: Sequence[int],
+    *,
+    value: float = 0,
+    channels_first: bool = False,
 ) -> jax.Array:
     """Return the pixels under every window: [batch, *out, *kernel_size, channels].
 
     Args:
-      padded: [batch, *spatial, channels], from `geometry.pad`.
-      geometry: gives the kernel size and its dilation.
+      x: [batch, *spatial, channels], unpadded.
+      geometry: of the windows, all but their strides.
       strides: between windows; larger than the convolution's where patches are sampled.
+      value: of the padding.
       channels_first: static; [batch, *out, channels, *kernel_size] instead.
+    Raises:
+      ValueError: `x` is smaller than the kernel.
     """
-    batch, *spatial, channels = padded.shape
+    counts = geometry.out_shape(x.shape[1:-1], strides)
     taps, dilation = geometry.kernel_size, geometry.kernel_dilation
     extent = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
-    counts = [(n - e) // s + 1 for n, e, s in zip(spatial, extent, strides, strict=True)]
     if all(e <= s for e, s in zip(extent, strides, strict=True)):
-        return _blocks(padded, counts, strides, extent, dilation, channels_first)
+        return _blocks(x, geometry, counts, strides, extent, value, channels_first)
+    padded = geometry.pad(x, value)
+    batch, channels = x.shape[0], x.shape[-1]
     slices = []
     for tap in np.ndindex(*taps):
         start = [t * d for t, d in zip(tap, dilation, strict=True)]
@@ -261,18 +270,23 @@ def cut(
     return jnp.stack(slices, axis=-2).reshape(batch, *counts, *taps, channels)
 
 
-def _blocks(padded, counts, strides, extent, dilation, channels_first):
+def _blocks(x, geometry, counts, strides, extent, value, channels_first):
     """`cut` where windows do not overlap: a transposition, cheaper to compile and run than slices by tap."""
-    zero = jnp.zeros((), padded.dtype)
+    x = geometry.wrap(x)
+    value = jnp.asarray(value, x.dtype)
+    lows = [low for low, _ in geometry.zero_padding(x.shape[1:-1])]
     strides = [s if c > 1 else e for s, c, e in zip(strides, counts, extent, strict=True)]
-    sizes = zip(padded.shape[1:-1], counts, strides, strict=True)
-    ends = [(0, c * s - n, 0) for n, c, s in sizes]
-    x = lax.pad(padded, zero, [(0, 0, 0), *ends, (0, 0, 0)])
     ndim = len(counts)
-    for i in range(ndim):  # axis by axis: no more is split at a time over an explicit mesh
+    # Axis by axis, so that no more is split at a time over an explicit mesh, and each padded only once what
+    # no window sees of the one before is gone.
+    for i, (low, inner) in enumerate(zip(lows, geometry.input_dilation, strict=True)):
         row, tap = 2 * i + 1, 2 * i + 2
+        high = counts[i] * strides[i] - low - ((x.shape[row] - 1) * inner + 1)
+        around = [(0, 0, 0)] * x.ndim
+        around[row] = (low, high, inner - 1)
+        x = lax.pad(x, value, around)
         x = x.reshape(*x.shape[:row], counts[i], strides[i], *x.shape[tap:])
-        x = lax.slice_in_dim(x, 0, extent[i], dilation[i], axis=tap)
+        x = lax.slice_in_dim(x, 0, extent[i], geometry.kernel_dilation[i], axis=tap)
     rows, taps, channel = range(1, 2 * ndim, 2), range(2, 2 * ndim + 1, 2), 2 * ndim + 1
     return x.transpose(0, *rows, *((channel, *taps) if channels_first else (*taps, channel)))
 

@@ -43,16 +43,16 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "stride1": ("every patch", {"sampling_stride": 1}),
     "stride5": ("every fifth patch along each axis", {"sampling_stride": 5}),
     "fast": ("`WhiteningSpec.fast()`", {"preset": "fast"}),
-    "fast3": ("`WhiteningSpec.fast()`, 3 iterations", {"preset": "fast", "num_iters": 3}),
+    "fast5": ("`WhiteningSpec.fast()`, 5 iterations", {"preset": "fast", "num_iters": 5}),
     "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
-LONG = ("batch", "full", "block16", "per_group16")  # those worth ten epochs
+LONG = ("batch", "full", "fast", "iterations3")  # those worth ten epochs
 _EXPENSIVE = {
     "batch": 1.3,
     "channel": 1.6,
     "block16": 1.7,
-    "fast": 1.7,
-    "fast3": 1.6,
+    "fast": 1.6,
+    "fast5": 1.7,
     "block32": 2.2,
     "stride1": 4.5,
 }
