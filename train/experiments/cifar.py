@@ -51,9 +51,15 @@ def _cells(published: Mapping[str, Any], epochs: int, norms: Sequence[str]) -> I
             )
 
 
-def accuracies(runs: Sequence[Result]) -> list[float]:
-    """Return the test accuracy of each seed after its last epoch, in percent; what diverged is left out."""
-    return [100 * run["epochs"][-1]["test_accuracy"] for run in runs if run["status"] == "done"]
+def accuracies(runs: Sequence[Result], epoch: int = 0) -> list[float]:
+    """Return the test accuracy of each seed after an epoch, in percent; what diverged is left out.
+
+    Args:
+      runs: records.
+      epoch: from 1; 0 is the last one.
+    """
+    done = [run["epochs"] for run in runs if run["status"] == "done"]
+    return [100 * epochs[epoch - 1]["test_accuracy"] for epochs in done]
 
 
 def _found(results: Results, network: str) -> dict[str, list[float]]:
