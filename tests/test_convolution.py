@@ -49,6 +49,26 @@ CASES = {
         {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
     ),
 }
+DEPTHWISE = {
+    "depthwise": ((5, 6, 3), (3, 3, 1, 3), {}),
+    "depthwise, stride 2": ((6, 5, 3), (3, 3, 1, 3), {"window_strides": (2, 2)}),
+    "depthwise, two kernels a channel": ((5, 6, 3), (3, 2, 1, 6), {"window_strides": (1, 2)}),
+    "depthwise, padded": ((5, 6, 3), (3, 3, 1, 3), {"padding": ((2, 0), (1, 3))}),
+    "depthwise, cropped": ((5, 6, 3), (3, 3, 1, 3), {"padding": ((-1, 2), (0, -1))}),
+    "depthwise, no padding": ((5, 6, 3), (3, 3, 1, 3), {"padding": "VALID"}),
+    "depthwise, dilated": (
+        (7, 6, 3),
+        (3, 2, 1, 3),
+        {"rhs_dilation": (2, 1), "lhs_dilation": (1, 2), "window_strides": (2, 3)},
+    ),
+    "depthwise, 1x1": ((5, 6, 3), (1, 1, 1, 3), {"window_strides": (3, 2)}),
+    "depthwise, one axis": ((9, 3), (4, 1, 3), {}),
+    "depthwise, three axes": ((4, 3, 5, 2), (2, 3, 1, 1, 4), {}),
+}
+CASES |= {
+    name: (image, kernel, given | {"feature_group_count": image[-1]})
+    for name, (image, kernel, given) in DEPTHWISE.items()
+}
 
 
 @pytest.fixture
@@ -97,7 +117,7 @@ def test_value_and_derivatives_are_those_of_lax(name, x64, one_cpu):
 
         gradients = jax.grad(value, argnums=(0, 1))(x, kernel)
         curvature = None
-        if name in ("3x3", "1x1"):
+        if name in ("3x3", "1x1", "depthwise, two kernels a channel"):
             curvature = jax.grad(
                 lambda x, k: sum((g**2).sum() for g in jax.grad(value, argnums=(0, 1))(x, k)),
                 argnums=(0, 1),
@@ -140,6 +160,44 @@ def test_that_of_a_kernel_of_one_pixel_is_a_product_of_matrices(one_cpu):
         found = primitives(jax.grad(value), kernel)
         assert found.count("dot_general") == product
         assert found.count("conv_general_dilated") == (1 if product else 1 + 3)
+
+
+def test_a_depthwise_one_is_a_sum_over_taps_of_any_batch(one_cpu):
+    x, kernel, keywords = case("depthwise", 2)
+
+    def value(x, kernel):
+        return jnp.sin(ops.convolution(x, kernel, **keywords)).sum()
+
+    assert "conv_general_dilated" not in primitives(value, x, kernel)
+    assert "conv_general_dilated" not in primitives(jax.grad(value, (0, 1)), x, kernel)
+
+
+def test_the_gradient_of_a_depthwise_one_holds_one_shifted_image_at_a_time(one_cpu):
+    x, kernel = jnp.ones((8, 32, 32, 16)), jnp.ones((5, 5, 1, 16))
+
+    def value(x, kernel):
+        y = ops.convolution(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=CHANNELS_LAST[2],
+            feature_group_count=16,
+        )
+        return (y**2).sum()
+
+    program = jax.jit(jax.grad(value, (0, 1))).lower(x, kernel).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 5 * x.nbytes
+
+
+def test_what_does_not_go_together_is_refused_as_lax_does(one_cpu):
+    x, kernel, keywords = case("depthwise", 2)
+    with pytest.raises(ValueError, match="feature_group_count"):
+        ops.convolution(x, kernel[..., :2], **keywords)
+    with pytest.raises(RuntimeError, match="Unrecognized padding"):
+        ops.convolution(x, kernel, **keywords | {"padding": "NONE"})
 
 
 def test_under_jit_and_vmap(x64, one_cpu):
@@ -218,6 +276,9 @@ def test_half_precision_keeps_its_types(one_cpu):
         "half precision",
         "an algorithm",
         "no channels",
+        "depthwise, of 50 taps",
+        "depthwise, no window",
+        "depthwise, half precision",
     ],
 )
 def test_elsewhere_it_is_lax_itself(why, monkeypatch):
@@ -225,10 +286,18 @@ def test_elsewhere_it_is_lax_itself(why, monkeypatch):
         monkeypatch.setattr(module, "_on_one_cpu", lambda: True)
     x, kernel, keywords = case("3x3", 63 if why == "a small batch" else 64)
     if why == "groups":
-        kernel, keywords = kernel[:, :, :1, :3], keywords | {"feature_group_count": 3}
+        x, kernel = jnp.concatenate([x, x[..., :1]], -1), kernel[:, :, :2]
+        keywords = keywords | {"feature_group_count": 2}
+    if why.startswith("depthwise"):
+        x, kernel, keywords = case("depthwise", 4)
     if why == "groups of the batch":
         keywords = keywords | {"batch_group_count": 4}
-    if why == "half precision":
+    if why == "depthwise, of 50 taps":
+        x, kernel = jnp.tile(x, (1, 3, 2, 1)), jnp.ones((10, 5, 1, 3))
+    if why == "depthwise, no window":
+        keywords = keywords | {"padding": "VALID"}
+        x = x[:, :2]
+    if "half precision" in why:
         x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
     if why == "an algorithm":
         keywords = keywords | {"precision": lax.DotAlgorithmPreset.F32_F32_F32}
