@@ -1,6 +1,7 @@
 """Moments of the patches of a convolution, against an explicit patch matrix, grouping and sampling."""
 
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -202,6 +203,48 @@ MASKED = [
     "1d causal",
     "3d",
 ]
+
+
+ON_ONE_DEVICE = [
+    "channels, strides and padding",
+    "1x1, rows do not divide",
+    "1x1, strides 2",
+    "1x1, images below the step",
+    "1x1, feature groups",
+    "1d pointwise",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [*((name, False) for name in ON_ONE_DEVICE), ("1x1, rows do not divide", True)],
+)
+def test_pixels_on_one_device_are_the_same_and_their_gradient_takes_no_scatter(
+    x64, name, masked, monkeypatch
+):
+    x = data(CASES[name])
+    mask = np.random.default_rng(3).choice([0.0, 0.5, 1.0, 2.0], x.shape[:-1]) if masked else None
+    spread_out = None if mask is None else mask[..., None]
+    # A trace that equal layers share; the module has the name of its function.
+    own_moments = importlib.import_module("netdeconv_jax.ops.patch_moments")._own_moments
+
+    def value(x):
+        found = ours(CASES[name])(x, spread_out)
+        return jnp.sin(found.cov).sum() + jnp.sin(found.mean).sum()
+
+    def traced():
+        own_moments.clear_cache()
+        moments = jax.jit(ours(CASES[name]))(x, spread_out)
+        return moments, jax.grad(value)(x), str(jax.make_jaxpr(jax.grad(value))(x))
+
+    _, expected, several = traced()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    moments, gradient, one = traced()
+    own_moments.clear_cache()
+    assert_moments(moments, explicitly(CASES[name], x, mask), 1e-13)
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-13 * np.abs(expected).max())
+    assert "scatter" not in one
+    assert "scatter" in several
 
 
 @pytest.mark.parametrize("name", MASKED)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
+
+from netdeconv_jax.ops.devices import on_one_device
 
 _PART, _MOST_PARTS = 32, 4  # more parts gain little and compile longer
 _MOST_TAPS = 49
@@ -81,7 +82,7 @@ def convolution(
     )
     if out_sharding is not None:
         return lax.conv_general_dilated(lhs, rhs, **settings._asdict(), out_sharding=out_sharding)
-    if _on_one_cpu():
+    if _on_one_cpu(lhs, rhs):
         if _is_depthwise(lhs, rhs, settings):
             return _by_taps(lhs, rhs, settings)
         if _is_slow(lhs, rhs, settings):
@@ -101,15 +102,13 @@ class _Settings(NamedTuple):
     preferred_element_type: Any
 
 
-def _on_one_cpu() -> bool:
-    one = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return one and jax.sharding.get_abstract_mesh().size <= 1  # a program may be made for others
+def _on_one_cpu(*arrays: jax.Array) -> bool:
+    return jax.default_backend() == "cpu" and on_one_device(*arrays)
 
 
 def _is_slow(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
     """Whether the gradient is one of those that are slow, and its images can be taken apart."""
     numbers = settings.dimension_numbers
-    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
     return (
         all(isinstance(n, int) and n > 0 for n in (*x.shape, *kernel.shape))
         and x.shape[0] >= 2 * _PART
@@ -119,13 +118,11 @@ def _is_slow(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
         and x.dtype
         in (jnp.float32, jnp.float64)  # parts of others would be added in their rounding
         and (isinstance(settings.precision, lax.Precision) or settings.precision in _PRECISIONS)
-        and not explicit
     )
 
 
 def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
     """Whether every feature sees one channel, and the sum over taps is the same function."""
-    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
     return (
         all(isinstance(n, int) and n > 0 for n in (*x.shape, *kernel.shape))
         and settings.dimension_numbers == _channels_last(x.ndim)
@@ -135,7 +132,6 @@ def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
         and x.dtype in (jnp.float32, jnp.float64)
         and settings.preferred_element_type in (None, x.dtype)
         and math.prod(kernel.shape[:-2]) <= _MOST_TAPS
-        and not explicit
         and jax.eval_shape(functools.partial(_convolve, settings=settings), x, kernel).size > 0
     )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from netdeconv_jax.ops.devices import on_one_device
 from netdeconv_jax.ops.grouping import ColumnGroups, check_count
 from netdeconv_jax.ops.moments import AxisName, Moments, check_sample_dtype, moments
 from netdeconv_jax.ops.patches import Window, cut
@@ -181,6 +182,12 @@ def flat_position(batch: int, axis_name: AxisName | None, axis_index_groups: Any
 def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
     batch, channels = x.shape[0], x.shape[-1]
     pixels = math.prod(x.shape[1:-1])
+    if axis_name is None and on_one_device(x):
+        # As one image, which has no holes: a slice, where several need a gather and weights.
+        columns = x.reshape(1, batch * pixels, channels)[:, ::step]
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(1, batch * pixels)[:, ::step]
+        return columns, mask
     index, _ = flat_position(batch, axis_name, axis_index_groups)
     phase = index * (pixels % step)
     columns, weights = every_nth(x.reshape(batch, pixels, channels), step, phase[:, None])

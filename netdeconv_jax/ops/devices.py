@@ -1,0 +1,16 @@
+"""Whether what is traced here runs on one device, so that no axis of it is shared out."""
+
+import jax
+from jax.sharding import AxisType
+
+
+def on_one_device(*arrays: jax.Array) -> bool:
+    """Return whether the process has one device and nothing says that the program is for others.
+
+    A program that is traced by such a process may be compiled for several all the same: what is done
+    otherwise on one device must be right there too.
+    """
+    if jax.device_count() != 1 or jax.sharding.get_abstract_mesh().size > 1:
+        return False
+    meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+    return not any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
