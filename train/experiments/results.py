@@ -2,6 +2,7 @@
 
 experiment, cell, seed   what was run
 command                  runs exactly this again
+note                     of some: what was written into the record afterwards
 status                   "done", or "diverged" if the loss or the state became infinite
 seconds                  wall time, compilation included, pauses between sessions left out
 device, processor        what it ran on; of a CPU both are one
