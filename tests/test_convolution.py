@@ -59,6 +59,7 @@ DEPTHWISE = {
     ),
     "depthwise, 1x1": ((5, 6, 3), (1, 1, 1, 3), {"window_strides": (3, 2)}),
     "depthwise, one axis": ((9, 3), (4, 1, 3), {}),
+    "depthwise, one tap": ((5, 3), (1, 1, 3), {}),
     "depthwise, three axes": ((4, 3, 5, 2), (2, 3, 1, 1, 4), {}),
 }
 CASES |= {
@@ -168,24 +169,94 @@ def test_a_depthwise_one_is_a_sum_over_taps_of_any_batch(one_cpu):
     assert "conv_general_dilated" not in primitives(jax.grad(value, (0, 1)), x, kernel)
 
 
-def test_the_gradient_of_a_depthwise_one_holds_one_shifted_image_at_a_time(one_cpu):
-    x, kernel = jnp.ones((8, 32, 32, 16)), jnp.ones((5, 5, 1, 16))
+@pytest.mark.parametrize(
+    ("layers", "strides", "kernels", "most"), [(1, 1, 1, 6), (1, 2, 2, 8), (3, 1, 1, 16)]
+)
+def test_the_gradient_of_depthwise_ones_holds_few_images_and_not_one_a_tap(
+    layers, strides, kernels, most, one_cpu
+):
+    x, kernel = jnp.ones((8, 32, 32, 16)), jnp.ones((5, 5, 1, 16 * kernels))
 
     def value(x, kernel):
-        y = ops.convolution(
-            x,
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=CHANNELS_LAST[2],
-            feature_group_count=16,
-        )
-        return (y**2).sum()
+        for _ in range(layers):
+            x = ops.convolution(
+                x,
+                kernel,
+                (strides, strides),
+                "SAME",
+                dimension_numbers=CHANNELS_LAST[2],
+                feature_group_count=16,
+            )
+            x = jax.nn.relu(x)
+        return (x**2).sum()
 
     program = jax.jit(jax.grad(value, (0, 1))).lower(x, kernel).compile()
     memory = program.memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes < 5 * x.nbytes
+    assert memory.temp_size_in_bytes < most * x.nbytes
+
+
+def test_the_eager_gradient_of_a_depthwise_one_compiles_once(one_cpu):
+    x, kernel, keywords = case("depthwise", 2)
+
+    def value(x, kernel):
+        return jnp.sin(ops.convolution(x, kernel, **keywords)).sum()
+
+    lowered = []
+
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            lowered.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        jax.grad(value, (0, 1))(x, kernel)
+        assert lowered
+        lowered.clear()
+        jax.grad(value, (0, 1))(x, kernel)
+        assert not lowered
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.parametrize("name", ["depthwise, stride 2", "depthwise, two kernels a channel", "3x3"])
+def test_over_a_mapped_axis_whose_values_are_checked(name, one_cpu):
+    x, kernel, keywords = case(name, 64)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+
+    def gradients(convolution):
+        def value(x, kernel):
+            return jnp.sin(convolution(x, kernel, **keywords)).sum()
+
+        def step(x, kernel):
+            _, tangent = jax.jvp(value, (x, kernel), (x, kernel))
+            return *jax.grad(value, (0, 1))(x, kernel), lax.psum(tangent, "data")
+
+        specs = jax.P("data"), jax.P()
+        run = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(*specs, jax.P()))
+        return jax.jit(run)(x, kernel)
+
+    ours, expected = gradients(ops.convolution), gradients(lax.conv_general_dilated)
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable"])
+def test_a_depthwise_one_under_vmap_and_checkpoint(policy, x64, one_cpu):
+    x, kernel, keywords = case("depthwise, stride 2", 3)
+    xs, kernels = jnp.stack([x, x + 1]), jnp.stack([kernel, kernel - 1])
+
+    def gradients(convolution):
+        def value(x, kernel):
+            return jnp.sin(convolution(jnp.sin(x), kernel, **keywords)).sum()
+
+        kept = jax.checkpoint(value, policy=getattr(jax.checkpoint_policies, policy))
+        return jax.jit(jax.vmap(jax.grad(kept, (0, 1))))(xs, kernels)
+
+    for one, other in zip(
+        gradients(ops.convolution), gradients(lax.conv_general_dilated), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_what_does_not_go_together_is_refused_as_lax_does(one_cpu):
@@ -272,7 +343,7 @@ def test_half_precision_keeps_its_types(one_cpu):
         "half precision",
         "an algorithm",
         "no channels",
-        "depthwise, of 50 taps",
+        "depthwise, of 100 taps",
         "depthwise, no window",
         "depthwise, half precision",
     ],
@@ -288,8 +359,8 @@ def test_elsewhere_it_is_lax_itself(why, monkeypatch):
         x, kernel, keywords = case("depthwise", 4)
     if why == "groups of the batch":
         keywords = keywords | {"batch_group_count": 4}
-    if why == "depthwise, of 50 taps":
-        x, kernel = jnp.tile(x, (1, 3, 2, 1)), jnp.ones((10, 5, 1, 3))
+    if why == "depthwise, of 100 taps":
+        x, kernel = jnp.tile(x, (1, 3, 2, 1)), jnp.ones((10, 10, 1, 3))
     if why == "depthwise, no window":
         keywords = keywords | {"padding": "VALID"}
         x = x[:, :2]
