@@ -4,7 +4,8 @@
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n auto
+# Each worker takes a run of files, so that what the tests of a file share is made once.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo test test-all examples onnx lint format docs models-page clean
 
