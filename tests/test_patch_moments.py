@@ -247,6 +247,16 @@ def test_pixels_on_one_device_are_the_same_and_their_gradient_takes_no_scatter(
     assert "scatter" in several
 
 
+def test_a_mask_over_an_explicit_mesh_of_one_device_is_taken(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    case_ = CASES["1x1, rows do not divide"]
+    x = jnp.asarray(data(case_), jnp.float32)
+    mask = np.random.default_rng(3).choice([0.0, 1.0, 2.0], x.shape[:-1]).astype(np.float32)
+    placed = jax.device_put(mask[..., None], NamedSharding(mesh, P("data")))
+    assert_moments(ours(case_)(x, placed), explicitly(case_, np.asarray(x), mask), 2e-6)
+
+
 @pytest.mark.parametrize("name", MASKED)
 def test_a_patch_weighs_as_much_as_the_least_of_its_pixels(x64, name):
     x = data(CASES[name])

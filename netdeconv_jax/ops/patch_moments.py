@@ -182,7 +182,7 @@ def flat_position(batch: int, axis_name: AxisName | None, axis_index_groups: Any
 def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
     batch, channels = x.shape[0], x.shape[-1]
     pixels = math.prod(x.shape[1:-1])
-    if axis_name is None and on_one_device(x):
+    if axis_name is None and on_one_device(x, *([] if mask is None else [mask])):
         # As one image, which has no holes: a slice, where several need a gather and weights.
         columns = x.reshape(1, batch * pixels, channels)[:, ::step]
         if mask is not None:
