@@ -23,20 +23,20 @@ CLOSE = {
     20: 0.5,
 }  # percent: as near to a published figure of one run as one may hope, by epochs
 # Minutes of an epoch on two cores with batch norm and with deconvolution: by multiply-adds, from ResNet-18's;
-# those with depthwise convolutions by a step, as XLA takes its time over them on CPUs.
+# those with depthwise convolutions by a step, EfficientNet's by its runs.
 MINUTES = {
     "resnet18": (8, 15),
     "preact_resnet18": (8.1, 15.1),
     "senet18": (8.2, 15.2),
     "vgg11": (15, 25),
-    "efficientnet_b0": (16, 16),
+    "efficientnet_b0": (6, 8),
     "vgg16": (20, 40),
     "resnext29_32x4d": (20.1, 25),
     "resnet50": (25, 35),
     "densenet121": (21, 45),
-    "mobilenetv2": (50, 47),
+    "mobilenetv2": (14, 22),
     "dpn92": (50, 70),
-    "pnasnet_a": (325, 370),
+    "pnasnet_a": (36, 60),
 }
 
 
