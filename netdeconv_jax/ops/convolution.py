@@ -25,11 +25,8 @@ from jax.custom_derivatives import SymbolicZero
 from netdeconv_jax.ops.devices import on_one_device
 
 _PART, _MOST_PARTS = 32, 4  # more parts gain little and compile longer
-_MOST_TAPS, _MOST_KERNELS = (
-    49,
-    2,
-)  # of a channel: of both together there are as many terms to compile
-
+_MOST_TAPS = 49  # of a depthwise kernel: so many terms are compiled
+_MOST_KERNELS = 2  # of each channel: as many times that
 _PRECISIONS = (None, "default", "high", "highest")  # not algorithms, which a product may not have
 
 
@@ -132,8 +129,8 @@ def _is_slow(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
         and numbers.lhs_spec[0] == numbers.out_spec[0] == 0
         and settings.feature_group_count == settings.batch_group_count == 1
         and x.dtype == kernel.dtype
-        and x.dtype
-        in (jnp.float32, jnp.float64)  # parts of others would be added in their rounding
+        # Parts of others would be added in their rounding.
+        and x.dtype in (jnp.float32, jnp.float64)
         and (isinstance(settings.precision, lax.Precision) or settings.precision in _PRECISIONS)
     )
 
