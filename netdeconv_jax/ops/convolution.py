@@ -187,7 +187,8 @@ def _to_taps(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
     reach = starts[-1]
     totals = [jnp.zeros((), x.dtype)] * scales.shape[-1]
     for start, scale in zip(starts, scales, strict=True):
-        around = [(*map(int, pair), 0) for pair in zip(reach - start, start, strict=True)]
+        sides = zip(reach - start, start, strict=True)
+        around = [(int(before), int(after), 0) for before, after in sides]
         totals = [
             total + lax.pad(padded * scale[..., i], jnp.zeros((), x.dtype), around)
             for i, total in enumerate(totals)
