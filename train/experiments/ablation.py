@@ -160,7 +160,7 @@ def _tell(
     order = sorted(found, key=lambda n: -statistics.fmean(found[n]))
     dots = [
         {
-            "label": CONDITIONS[n][0],
+            "label": CONDITIONS[n][0].replace("`", ""),
             (n if n in ("batch", "channel") else "deconv"): {"ours": found[n]},
         }
         for n in order
