@@ -129,7 +129,7 @@ class WhiteningSpec:
         The root is that of three iterations to 1e-4, in 4 products in the place of the default's 12. Stems of
         `models` that ask for more iterations keep theirs.
         After 2 epochs of CIFAR-10 a ResNet-18 of width 16 has 74.7% with it and 67.1% with the default, means
-        of three seeds; with five iterations it has 70.7%. The combination may change.
+        of three seeds; with five iterations it has 70.7%. After 10 epochs 88.1% and 87.8%, one seed each.
         """
         return cls(root=Chebyshev(num_iters=3), sampling=Budget(), grouping=Interleaved(16))
 
