@@ -13,7 +13,7 @@ Anywhere else this is `lax.conv_general_dilated`.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,32 +69,26 @@ def convolution(
       >>> layer.init_with_output(jax.random.key(0), jnp.ones((64, 8, 8, 3)))[0].shape
       (64, 8, 8, 4)
     """
-    if not isinstance(padding, (str, Sequence)) or out_sharding is not None:
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            dimension_numbers,
-            feature_group_count,
-            batch_group_count,
-            precision,
-            preferred_element_type,
-            out_sharding,
-        )
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     settings = _Settings(
-        tuple(window_strides),
-        padding if isinstance(padding, str) else tuple(tuple(pair) for pair in padding),
-        None if lhs_dilation is None else tuple(lhs_dilation),
-        None if rhs_dilation is None else tuple(rhs_dilation),
-        numbers,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
         feature_group_count,
         batch_group_count,
-        tuple(precision) if isinstance(precision, list) else precision,
+        precision,
         preferred_element_type,
+    )
+    if not isinstance(padding, (str, Sequence)) or out_sharding is not None:
+        return lax.conv_general_dilated(lhs, rhs, **settings._asdict(), out_sharding=out_sharding)
+    settings = settings._replace(  # static to `jit`, so that all of it must be hashable
+        window_strides=tuple(window_strides),
+        padding=padding if isinstance(padding, str) else tuple(tuple(pair) for pair in padding),
+        lhs_dilation=None if lhs_dilation is None else tuple(lhs_dilation),
+        rhs_dilation=None if rhs_dilation is None else tuple(rhs_dilation),
+        dimension_numbers=lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers),
+        precision=tuple(precision) if isinstance(precision, list) else precision,
     )
     if _on_one_cpu(lhs, rhs):
         if _is_depthwise(lhs, rhs, settings):
@@ -105,32 +99,42 @@ def convolution(
 
 
 class _Settings(NamedTuple):
-    window_strides: tuple[int, ...]
+    window_strides: Sequence[int]
     padding: Any
-    lhs_dilation: tuple[int, ...] | None
-    rhs_dilation: tuple[int, ...] | None
-    dimension_numbers: lax.ConvDimensionNumbers
+    lhs_dilation: Sequence[int] | None
+    rhs_dilation: Sequence[int] | None
+    dimension_numbers: Any
     feature_group_count: int
     batch_group_count: int
     precision: Any
     preferred_element_type: Any
 
 
+_Form = Callable[[jax.Array, jax.Array, _Settings], jax.Array]
+
+
 def _on_one_cpu(*arrays: jax.Array) -> bool:
     return jax.default_backend() == "cpu" and on_one_device(*arrays)
+
+
+def _is_plain(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether shapes are known and not empty, and types such that sums may be taken in another order."""
+    return (
+        all(isinstance(n, int) and n > 0 for n in (*x.shape, *kernel.shape))
+        and x.dtype == kernel.dtype
+        # Parts of others would be added in their rounding.
+        and x.dtype in (jnp.float32, jnp.float64)
+    )
 
 
 def _is_slow(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
     """Whether the gradient is one of those that are slow, and its images can be taken apart."""
     numbers = settings.dimension_numbers
     return (
-        all(isinstance(n, int) and n > 0 for n in (*x.shape, *kernel.shape))
+        _is_plain(x, kernel)
         and x.shape[0] >= 2 * _PART
         and numbers.lhs_spec[0] == numbers.out_spec[0] == 0
         and settings.feature_group_count == settings.batch_group_count == 1
-        and x.dtype == kernel.dtype
-        # Parts of others would be added in their rounding.
-        and x.dtype in (jnp.float32, jnp.float64)
         and (isinstance(settings.precision, lax.Precision) or settings.precision in _PRECISIONS)
     )
 
@@ -138,12 +142,10 @@ def _is_slow(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
 def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
     """Whether every feature sees one channel, and the sum over taps is the same function."""
     return (
-        all(isinstance(n, int) and n > 0 for n in (*x.shape, *kernel.shape))
+        _is_plain(x, kernel)
         and settings.dimension_numbers == _channels_last(x.ndim)
         and settings.feature_group_count == x.shape[-1] > 1
         and settings.batch_group_count == 1
-        and x.dtype == kernel.dtype
-        and x.dtype in (jnp.float32, jnp.float64)
         and settings.preferred_element_type in (None, x.dtype)
         and math.prod(kernel.shape[:-2]) <= _MOST_TAPS
         and kernel.shape[-1] <= _MOST_KERNELS * x.shape[-1]
@@ -163,21 +165,6 @@ def _by_taps(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
         totals = [total + seen * scale[..., i] for i, total in enumerate(totals)]
     y = jnp.stack(totals, -1)
     return y.reshape(*y.shape[:-2], kernel.shape[-1])
-
-
-def _by_taps_jvp(settings, primals, tangents):
-    (x, kernel), (dx, dkernel) = primals, tangents
-    value = _by_taps(x, kernel, settings)
-    tangent = jnp.zeros_like(value)
-    if not isinstance(dkernel, SymbolicZero):
-        tangent = _tap_after_tap(x, dkernel, settings)
-    if not isinstance(dx, SymbolicZero):
-        of_x = _to_taps(dx, kernel, settings)
-        tangent = of_x if isinstance(dkernel, SymbolicZero) else tangent + of_x
-    return value, tangent
-
-
-_by_taps.defjvp(_by_taps_jvp, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -247,22 +234,6 @@ def _with_fast_gradient(x: jax.Array, kernel: jax.Array, settings: _Settings) ->
     return _convolve(x, kernel, settings)
 
 
-def _jvp(settings, primals, tangents):
-    (x, kernel), (dx, dkernel) = primals, tangents
-    # Plain convolutions, which policies of `jax.checkpoint` know.
-    value = _convolve(x, kernel, settings)
-    tangent = jnp.zeros_like(value)
-    if not isinstance(dkernel, SymbolicZero):
-        tangent = _in_parts(x, dkernel, settings)
-    if not isinstance(dx, SymbolicZero):
-        of_x = _convolve(dx, kernel, settings)
-        tangent = of_x if isinstance(dkernel, SymbolicZero) else tangent + of_x
-    return value, tangent
-
-
-_with_fast_gradient.defjvp(_jvp, symbolic_zeros=True)
-
-
 def _in_parts(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
     """The convolution, written so that its transpose in `kernel` is a sum over parts of the images."""
     if _is_a_product(x, kernel, settings):
@@ -300,3 +271,26 @@ def _channels_last(ndim: int) -> lax.ConvDimensionNumbers:
         rhs_spec=(last, last - 1, *range(last - 1)),
         out_spec=(0, last, *range(1, last)),
     )
+
+
+def _bilinear(
+    value: _Form, of_x: _Form, of_kernel: _Form
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Return the derivative of a convolution: forms of it that are good to transpose in one argument each."""
+
+    def jvp(settings, primals, tangents):
+        (x, kernel), (dx, dkernel) = primals, tangents
+        y = value(x, kernel, settings)
+        terms = []
+        if not isinstance(dkernel, SymbolicZero):
+            terms.append(of_kernel(x, dkernel, settings))
+        if not isinstance(dx, SymbolicZero):
+            terms.append(of_x(dx, kernel, settings))
+        return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+    return jvp
+
+
+_by_taps.defjvp(_bilinear(_by_taps, _to_taps, _tap_after_tap), symbolic_zeros=True)
+# By plain convolutions, which policies of `jax.checkpoint` know.
+_with_fast_gradient.defjvp(_bilinear(_convolve, _convolve, _in_parts), symbolic_zeros=True)

@@ -1,7 +1,8 @@
 """im2col: the patches that a convolution sees, as rows.
 
 A `Window` is the geometry of a convolution with everything spelled out; the same one cuts the patches for
-the statistics and runs the convolution, so that both always see the same padding.
+the statistics and runs the convolution, so that both always see the same padding: geometry and cutting are
+one file for that reason, and a long one because every argument is spelled out, documented and checked here.
 """
 
 import dataclasses

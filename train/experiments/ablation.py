@@ -7,7 +7,7 @@ machine with others, see `docs/performance.md`.
 
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.experiments.cell import Cell, Experiment, Results, Verdict
 from train.experiments.cifar import accuracies
@@ -47,48 +47,40 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
 LONG = ("batch", "full", "fast", "iterations3")  # those worth ten epochs
-_TABLE = "at other sizes"  # what has been published is in Table 1
-_NEVER = "never published"
+
+
+class Claim(NamedTuple):
+    """That one condition is better than another; what has been published of it, and what else to know."""
+
+    better: str
+    than: str
+    published: str = "never published"
+    why: str = ""
+
+
+_TABLE = "at other sizes"  # in Table 1
 _CHOSEN = "Three iterations were chosen by seeds 0 and 1 of 2 epochs."
-# By claim: what must be better, than what, what has been published, and what else to know.
 CLAIMS = {
-    "Ablation: deconvolution is better than batch norm": ("full", "batch", _TABLE, ""),
-    "Ablation: the gradient through the whitener helps": ("full", "detached", _NEVER, ""),
-    "Ablation: interleaved groups are better than contiguous ones": (
-        "block16",
-        "contiguous16",
-        _NEVER,
-        "",
+    "Ablation: deconvolution is better than batch norm": Claim("full", "batch", _TABLE),
+    "Ablation: the gradient through the whitener helps": Claim("full", "detached"),
+    "Ablation: interleaved groups are better than contiguous ones": Claim(
+        "block16", "contiguous16"
     ),
-    "Ablation: five iterations are better than an exact root with a ridge": (
-        "full",
-        "exact_ridge1e-2",
-        _NEVER,
-        "",
+    "Ablation: five iterations are better than an exact root with a ridge": Claim(
+        "full", "exact_ridge1e-2"
     ),
-    "Ablation: the default block of 64 is better than 16": ("full", "block16", _NEVER, ""),
-    "Ablation: the paper's five iterations are better than three": (
-        "full",
-        "iterations3",
-        _NEVER,
-        "",
-    ),
-    "Ours: `fast()` is better than the paper's whitening": ("fast", "full", _NEVER, _CHOSEN),
+    "Ablation: the default block of 64 is better than 16": Claim("full", "block16"),
+    "Ablation: the paper's five iterations are better than three": Claim("full", "iterations3"),
+    "Ours: `fast()` is better than the paper's whitening": Claim("fast", "full", why=_CHOSEN),
 }
 LONG_CLAIMS = {
-    "Ablation, 10 epochs: deconvolution is better than batch norm": ("full", "batch", _TABLE, ""),
-    "Ablation, 10 epochs: the paper's five iterations are better than three": (
-        "full",
-        "iterations3",
-        _NEVER,
-        "",
+    "Ablation, 10 epochs: deconvolution is better than batch norm": Claim("full", "batch", _TABLE),
+    "Ablation, 10 epochs: the paper's five iterations are better than three": Claim(
+        "full", "iterations3"
     ),
-    "Ours, 10 epochs: `fast()` is better than batch norm": ("fast", "batch", _NEVER, _CHOSEN),
-    "Ours, 10 epochs: `fast()` is better than the paper's whitening": (
-        "fast",
-        "full",
-        _NEVER,
-        _CHOSEN,
+    "Ours, 10 epochs: `fast()` is better than batch norm": Claim("fast", "batch", why=_CHOSEN),
+    "Ours, 10 epochs: `fast()` is better than the paper's whitening": Claim(
+        "fast", "full", why=_CHOSEN
     ),
 }
 _EXPENSIVE = {
@@ -122,7 +114,7 @@ def _means(results: Results) -> dict[str, list[float]]:
     return {name: values for name, values in found.items() if values}
 
 
-def _judge(results: Results, claims: Mapping[str, tuple[str, str, str, str]]) -> list[Verdict]:
+def _judge(results: Results, claims: Mapping[str, Claim]) -> list[Verdict]:
     """Say of each claim whether the first condition beats the second one by more than seeds differ."""
     found = _means(results)
     verdicts = []
