@@ -19,6 +19,7 @@ import optax
 from netdeconv_jax import WhiteningSpec, models, ops
 from netdeconv_jax.models.units import NORMS
 from netdeconv_jax.whitening import Budget, Chebyshev, ChebyshevRidge, Eigh
+from train.parallel import compiler_options
 
 RATE = 1e-3  # random labels teach nothing; a small rate keeps the loss finite
 _STRATEGIES = {
@@ -148,7 +149,7 @@ class Step:
             "trace", lambda: jax.jit(step, donate_argnums=0).trace(self.state, images, labels)
         )
         lowered = self._timed("lower", traced.lower)
-        self.compiled = self._timed("compile", lowered.compile)
+        self.compiled = self._timed("compile", lambda: lowered.compile(compiler_options()))
 
     def _timed(self, name: str, function: Any) -> Any:
         start = time.perf_counter()
@@ -174,7 +175,7 @@ class Step:
 
     def resources(self) -> dict[str, float]:
         """Return bytes and flops as the compiler reckons them; `peak` is arguments, results and all else."""
-        memory, cost = self.compiled.memory_analysis(), self.compiled.cost_analysis()
+        memory, cost = self.compiled.memory_analysis(), self.compiled.cost_analysis() or {}
         sizes = {
             kind: getattr(memory, f"{kind}_size_in_bytes")
             for kind in ("argument", "output", "alias", "temp")

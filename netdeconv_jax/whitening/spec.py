@@ -131,7 +131,7 @@ class WhiteningSpec:
         After 2 epochs of CIFAR-10 a ResNet-18 of width 16 has 74.7% with it and 67.1% with the default, means
         of three seeds; with five iterations it has 70.7%. After 10 epochs 88.1% and 87.8%, one seed each.
         """
-        return cls(root=Chebyshev(num_iters=3), sampling=Budget(), grouping=Interleaved(16))
+        return cls(root=Chebyshev(num_iters=3, tol=6e-3), sampling=Budget(), grouping=Interleaved(16))
 
     @classmethod
     def mixed(cls) -> "WhiteningSpec":

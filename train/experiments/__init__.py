@@ -8,6 +8,7 @@ from train.experiments.figure3 import FIGURE3
 from train.experiments.figure4 import FIGURE4A, FIGURE4B, FIGURE4CD
 from train.experiments.figure8a import FIGURE8A
 from train.experiments.figure9 import FIGURE9, ROWS
+from train.experiments.race import RACE
 from train.experiments.speedrun import SPEEDRUN
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -19,6 +20,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         FIGURE2,
         FIGURE3,
         ROWS,
+        RACE,
         EPOCH1,
         ABLATION,
         FIGURE9,
