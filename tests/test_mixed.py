@@ -197,7 +197,18 @@ def test_the_precision_of_a_spec_is_shorthand_for_its_roots():
     for name in ("fast", "mixed"):
         assert getattr(WhiteningSpec, name)() == getattr(WhiteningSpec, name)().replace()
     assert WhiteningSpec.fast().sample_dtype is None
-    assert WhiteningSpec.fast().root == Chebyshev(num_iters=3)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_the_fast_specs_root_is_three_iterations_to_what_is_stated_in_two_products(shift):
+    root = WhiteningSpec.fast().root
+    assert isinstance(root, Chebyshev) and (root.num_iters, root.products) == (3, 2)
+    assert len(dots(root, jnp.eye(6))) == 2
+    cov = ops.moments(activations(shift=shift).reshape(-1, 16)).cov + 1e-5 * jnp.eye(16)
+    wanted = ops.newton_schulz(cov, num_iters=3)
+    # Of the same eigenvectors: its error along each of them is what the preset states.
+    ratios = np.linalg.eigvalsh(root(cov)) / np.linalg.eigvalsh(wanted)
+    assert 1e-3 < np.abs(ratios - 1).max() < 6e-3
 
 
 def test_more_than_five_steps_are_in_float32_unless_asked_otherwise():

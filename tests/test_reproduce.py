@@ -399,6 +399,35 @@ def test_a_speed_run_that_diverged_is_counted_apart(tmp_path):
     assert rows[1].startswith("| airbench | deconvolution | 8 | 92.00 | 1, 1 diverged | 9 (")
 
 
+def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
+    for cell, seconds, reached in (
+        ("batch-epochs20", 0.003, 4),
+        ("fast-epochs20", 0.002, 3),
+        ("mixed-epochs20", 0.001, None),
+    ):
+        written(tmp_path, "race", cell, 0, 0.95)
+        path = tmp_path / f"race/{cell}-seed0.json"
+        rows = [
+            {
+                "step": 100 * epoch,
+                "step_seconds": seconds,
+                "test_accuracy": 0.93 if reached and epoch >= reached else 0.9,
+            }
+            for epoch in range(1, 6)
+        ]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": rows}))
+    experiment = EXPERIMENTS["race"]
+    found = results.read(tmp_path, experiment)
+    seconds, accuracy = experiment.judge(found)
+    assert (seconds.holds, seconds.ours) == ("yes", "1 s against 1 s")
+    assert seconds.difference == "0.50 of batch norm's"
+    assert (accuracy.holds, accuracy.ours) == ("no", "90.00 against 93.00")
+    table = experiment.tell(found, None)
+    assert [row.count("not reached") for row in table[2:]] == [0, 0, 1]
+    del found["batch-epochs20"]
+    assert {verdict.holds for verdict in experiment.judge(found)} == {"not run"}
+
+
 def test_a_page_of_nothing_claims_nothing(tmp_path):
     text = page(tmp_path, tmp_path)
     assert "Of 0 claims" in text

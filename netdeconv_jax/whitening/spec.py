@@ -126,10 +126,11 @@ class WhiteningSpec:
     def fast(cls) -> "WhiteningSpec":
         """Return a cheaper spec: blocks of 16 channels, three iterations, no more samples than needed.
 
-        The root is that of three iterations to 1e-4, in 4 products in the place of the default's 12. Stems of
-        `models` that ask for more iterations keep theirs.
-        After 2 epochs of CIFAR-10 a ResNet-18 of width 16 has 74.7% with it and 67.1% with the default, means
-        of three seeds; with five iterations it has 70.7%. After 10 epochs 88.1% and 87.8%, one seed each.
+        The root is that of three iterations to 6e-3, in 2 products in the place of the default's 12. Stems of
+        `models` that ask for more iterations have them, to 6e-3 too.
+        ResNet-18 on CIFAR-10: of width 16, after 2 epochs, 74.4% with it and 67.1% with the default, means of
+        three seeds. Of full width, in bfloat16, after 20 epochs, 93.4% and 94.2%, batch norm 92.4%, one seed
+        each: where a run is long and the last point counts, blocks of 64 have it.
         """
         return cls(root=Chebyshev(num_iters=3, tol=6e-3), sampling=Budget(), grouping=Interleaved(16))
 

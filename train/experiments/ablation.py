@@ -43,10 +43,21 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "stride1": ("every patch", {"sampling_stride": 1}),
     "stride5": ("every fifth patch along each axis", {"sampling_stride": 5}),
     "fast": ("`WhiteningSpec.fast()`", {"preset": "fast"}),
-    "fast5": ("`WhiteningSpec.fast()`, 5 iterations", {"preset": "fast", "num_iters": 5}),
+    "fast_iterated": (
+        "`WhiteningSpec.fast()`, the iteration itself",
+        {"preset": "fast", "method": "newton_schulz"},
+    ),
+    "fast5": (
+        "`WhiteningSpec.fast()`, 5 iterations",
+        {"preset": "fast", "method": "newton_schulz", "num_iters": 5},
+    ),
+    "fast_every4": (
+        "`WhiteningSpec.fast()`, every fourth step computes",
+        {"preset": "fast", "update_every": 4},
+    ),
     "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
-LONG = ("batch", "full", "fast", "iterations3")  # those worth ten epochs
+LONG = ("batch", "full", "fast", "fast_iterated", "iterations3")  # those worth ten epochs
 
 
 class Claim(NamedTuple):
@@ -88,7 +99,9 @@ _EXPENSIVE = {
     "channel": 1.6,
     "block16": 1.7,
     "fast": 1.6,
+    "fast_iterated": 1.7,
     "fast5": 1.7,
+    "fast_every4": 1.5,
     "block32": 2.2,
     "stride1": 4.5,
 }
