@@ -184,12 +184,16 @@ def picture(options: argparse.Namespace, result: dict[str, Any]) -> None:
         f"{options.dtype}; {environment['device']} ({environment['processor']}), "
         f"jax {environment['jax']}, {options.rounds} rounds, {environment['date']}",
         notes={
-            name: f"{1e3 * row[seconds]['median']:,.0f} ms, x {row[ratio]['median']:.2f}, "
+            name: f"{_three_digits(1e3 * row[seconds]['median'])} ms, x {row[ratio]['median']:.2f}, "
             f"{row['peak_bytes'] / 2**20:,.0f} MiB"
             for name, row in rows.items()
         },
         unit="milliseconds: median, least to most",
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def say(line: str) -> None:

@@ -20,6 +20,7 @@ from train.data.resident import Resident
 from train.data.sources import Dataset, Examples
 from train.experiments import EXPERIMENTS, images, results
 from train.experiments.cell import Cell, Run, choose
+from train.experiments.pictures import Pictures
 from train.experiments.runner import Runner
 from train.reproduce import main
 from train.reproduction_page import write_page
@@ -422,7 +423,9 @@ def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
     assert (seconds.holds, seconds.ours) == ("yes", "1 s against 1 s")
     assert seconds.difference == "0.50 of batch norm's"
     assert (accuracy.holds, accuracy.ours) == ("no", "90.00 against 93.00")
-    table = experiment.tell(found, None)
+    picture, _, *table = experiment.tell(found, Pictures(tmp_path / "page.md"))
+    assert picture.endswith("(images/reproduction/race.png)")
+    assert (tmp_path / "images/reproduction/race.png").stat().st_size > 10_000
     assert [row.count("not reached") for row in table[2:]] == [0, 0, 1]
     del found["batch-epochs20"]
     assert {verdict.holds for verdict in experiment.judge(found)} == {"not run"}

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from netdeconv_jax.analysis import figures
-from train.curves import COLOURS, FAINT, INK
+from train.curves import COLOURS, FAINT, INK, draw_curves
 
 FIRST = 100  # iterations that a picture of losses shows
 
@@ -78,6 +78,14 @@ class Pictures:
         draw_losses(figure.subplots(), curves, line=line, ceiling=ceiling)
         figure.suptitle(title, fontsize=11, weight="bold", color=INK, x=0.02, ha="left")
         FigureCanvasAgg(figure).print_png(path)
+        return markdown
+
+    def accuracies(
+        self, name: str, curves: Mapping[str, list[list[float]]], *, title: str, caption: str
+    ) -> str:
+        """Draw test accuracy by epoch: by norm, for each epoch that of every seed in percent."""
+        path, markdown = self._place(name, title)
+        draw_curves(curves, path, caption=caption)
         return markdown
 
     def dots(self, name: str, rows: Sequence[Mapping[str, Any]], *, title: str, what: str) -> str:

@@ -20,6 +20,7 @@ CONDITIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixed": ("`WhiteningSpec.mixed()`, the paper's", "deconv", {"whitening.preset": "mixed"}),
 }
 EPOCHS = (20, 10)
+_SHOWN = {"batch": "batch", "deconv": "mixed"}
 
 CELLS = tuple(
     Cell(
@@ -86,7 +87,9 @@ def _accuracy(results: Results) -> Verdict:
 def _seconds(results: Results) -> Verdict:
     claim = f"Ours: {MARK:.0%} on CIFAR-10 in at most {GOAL} of the seconds that batch norm takes"
     batch = _least(results, "batch")
-    ours = [(found, name) for name in CONDITIONS if name != "batch" if (found := _least(results, name))]
+    ours = [
+        (found, name) for name in CONDITIONS if name != "batch" if (found := _least(results, name))
+    ]
     if batch is None or not ours:
         return Verdict(claim, "not run")
     (best, length), name = min(ours)
@@ -104,8 +107,34 @@ def _seconds(results: Results) -> Verdict:
     )
 
 
+def _picture(results: Results, draw: Any) -> list[str]:
+    """Accuracy by epoch in the longest runs, batch norm and the paper's whitening."""
+    runs = {norm: results.get(f"{name}-epochs20", ()) for norm, name in _SHOWN.items()}
+    done = {norm: [run for run in found if run["status"] == "done"] for norm, found in runs.items()}
+    if not all(done.values()):
+        return []
+    curves = {
+        norm: [
+            [100 * row["test_accuracy"] for row in rows]
+            for rows in zip(*(run["epochs"] for run in found), strict=True)
+        ]
+        for norm, found in done.items()
+    }
+    count = min(len(found) for found in done.values())
+    devices = sorted({run["device"] for found in done.values() for run in found})
+    return [
+        draw.accuracies(
+            "race",
+            curves,
+            title="ResNet-18 on CIFAR-10, batch norm against network deconvolution",
+            caption=f"ResNet-18 on CIFAR-10, the original recipe in bfloat16; {count} "
+            f"{'seed' if count == 1 else 'seeds'}; {', '.join(devices)}",
+        ),
+        "",
+    ]
+
+
 def _tell(results: Results, draw: Any) -> list[str]:
-    del draw
     rows = []
     for cell in CELLS:
         runs = [run for run in results.get(cell.name, ()) if run["status"] == "done"]
@@ -126,7 +155,7 @@ def _tell(results: Results, draw: Any) -> list[str]:
             ]
         )
     heads = ["", "epochs", "test accuracy", "ms a step", f"seconds to {MARK:.0%}", "n", "device"]
-    return table(heads, rows) if rows else ["Not run."]
+    return [*_picture(results, draw), *table(heads, rows)] if rows else ["Not run."]
 
 
 RACE = Experiment(
