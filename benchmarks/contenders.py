@@ -100,6 +100,43 @@ def _literal(value: str) -> Any:
         return value
 
 
+def functions(model: Any, contender: Contender) -> tuple[Any, Any]:
+    """Return `init(key, image)`, which makes a state, and `step(state, images, labels)`.
+
+    Args:
+      model: of the zoo.
+      contender: says whether whiteners are reused.
+    """
+    optimizer = optax.sgd(RATE, momentum=0.9)
+
+    def init(key: jax.Array, image: jax.Array) -> Any:
+        variables = model.init(key, image, train=False)
+        params, stats = variables["params"], variables.get("batch_stats", {})
+        return params, stats, optimizer.init(params)
+
+    def step(state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        params, stats, opt_state = state
+
+        def loss_of(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": stats}
+            logits, updates = model.apply(
+                variables,
+                images,
+                train=True,
+                update_whitener=not contender.reused,
+                mutable=["batch_stats"],
+                rngs=_dropout(),
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates.get("batch_stats", {})
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    return init, step
+
+
 class Step:
     """One training step of a contender, SGD with momentum, traced, lowered and compiled.
 
@@ -116,33 +153,7 @@ class Step:
         self.model = models.create(
             network, contender.norm, num_classes=10, spec=contender.spec, **options
         )
-        optimizer = optax.sgd(RATE, momentum=0.9)
-
-        def init(key: jax.Array, image: jax.Array) -> Any:
-            variables = self.model.init(key, image, train=False)
-            params, stats = variables["params"], variables.get("batch_stats", {})
-            return params, stats, optimizer.init(params)
-
-        def step(state: Any, images: jax.Array, labels: jax.Array) -> Any:
-            params, stats, opt_state = state
-
-            def loss_of(params: Any) -> Any:
-                variables = {"params": params, "batch_stats": stats}
-                logits, updates = self.model.apply(
-                    variables,
-                    images,
-                    train=True,
-                    update_whitener=not contender.reused,
-                    mutable=["batch_stats"],
-                    rngs=_dropout(),
-                )
-                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-                return losses.mean(), updates.get("batch_stats", {})
-
-            (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), stats, opt_state), loss
-
+        init, step = functions(self.model, contender)
         self.state = jax.jit(init)(jax.random.key(0), images[:1])
         self.seconds = {}
         traced = self._timed(

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import contenders, roofline, scaling, stages, step_time
+from benchmarks import contenders, kernels, roofline, scaling, stages, step_time
 from netdeconv_jax import WhiteningSpec, models
 from netdeconv_jax.models.summary import layer_table
 from netdeconv_jax.whitening import Budget, Chebyshev
+from train.parallel import compiler_options
 
 
 def test_a_list_of_contenders_is_divided_at_norms():
@@ -136,3 +137,35 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
         "all-reduce": {"count": 2, "bytes": 64 + 16 + 18 + 4},
         "all-gather": {"count": 1, "bytes": 20},
     }
+
+
+def test_kernels_of_a_program_are_told_by_kind_and_part():
+    program = """HloModule jit_step
+fused { ROOT %a = f32[] add(%b, %c) }
+
+ENTRY %main {
+  %p = f32[4]{0} parameter(0)
+  %f.1 = (f32[4]{0}, f32[]) fusion(%p), kind=kInput, metadata={op_name="jvp(M)/jit(_own_moments)/sub"}
+  %g = f32[4]{0} get-tuple-element(%f.1), index=0
+  %d = (f32[4,4]{1,0}, s8[8]{0}) custom-call(%g), custom_call_target="__cublas$lt$matmul", op_name="transpose(jvp(M))/_fold"
+  ROOT %c.2 = f32[4]{0} copy(%g)
+}
+"""
+    found = kernels.operations(program)
+    assert [kind for _, kind in found] == ["fusion Input", "cublas$lt$matmul", "copy"]
+    assert [kernels.part_of(line) for line, _ in found] == [
+        "statistics, forward",
+        "folding, backward",
+        "rest",
+    ]
+
+
+def test_on_a_gpu_products_are_left_to_cublas(monkeypatch):
+    assert compiler_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = compiler_options()
+    assert options == {"xla_gpu_enable_triton_gemm": False}
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.eye(2)).compile(options)  # a flag that XLA knows
+    assert compiled(2 * jnp.eye(2))[0, 0] == 4
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_flag"):
+        jax.jit(lambda x: x @ x).lower(jnp.eye(2)).compile({"no_such_flag": False})

@@ -71,8 +71,35 @@ def test_samples_are_multiplied_as_bfloat16_with_sums_in_float32_and_the_root_at
     assert sampled == [low, ("bfloat16", "bfloat16", "bfloat16", DEFAULT)]
     rest = [dot for dot in both if "bfloat16" not in dot]
     assert {dot[:3] for dot in rest} == {("float32",) * 3}
-    assert sum(dot[3] == HIGH for dot in rest) == 6 + 12  # the root, and its gradient
-    assert sum(dot[3] == HIGHEST for dot in rest) == len(rest) - 18 == 6  # folding
+    assert sum(dot[3] == HIGH for dot in rest) == 6 + 12 + 3  # the root and folding, with gradients
+    assert sum(dot[3] == HIGHEST for dot in rest) == len(rest) - 21 == 3  # the folded bias
+
+
+def test_folding_in_tf32_errs_far_less_than_the_rounding_that_follows():
+    x = activations().reshape(-1, 16)
+    groups = ops.column_groups(channels=16, taps=1, block_size=16)
+    whitener = ops.newton_schulz(ops.moments(x).cov + 1e-5 * jnp.eye(16))
+    kernel = jnp.asarray(np.random.default_rng(3).normal(size=(1, 1, 16, 64)), jnp.float32)
+
+    def folded(dtype, digits=23):
+        kernel_, whitener_ = (lax.reduce_precision(m, 8, digits) for m in (kernel, whitener))
+        return ops.fold(kernel_, None, jnp.zeros(16), whitener_, groups, dtype=dtype)[0]
+
+    wanted = folded(jnp.float32)
+    rounding = relative(folded(jnp.bfloat16), wanted)
+    assert 1e-5 < relative(folded(jnp.float32, 10), wanted) < rounding / 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"), [("float32", "highest"), ("float16", "highest"), ("bfloat16", "high")]
+)
+def test_a_kernel_is_folded_in_less_only_where_it_is_rounded_to_less(dtype, found):
+    assert WhiteningSpec.mixed().fold_precision(dtype) == found
+    assert (
+        WhiteningSpec().fold_precision(dtype)
+        == WhiteningSpec.fast().fold_precision(dtype)
+        == "highest"
+    )
 
 
 def dense(x):
@@ -202,7 +229,8 @@ def test_the_precision_of_a_spec_is_shorthand_for_its_roots():
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 def test_the_fast_specs_root_is_three_iterations_to_what_is_stated_in_two_products(shift):
     root = WhiteningSpec.fast().root
-    assert isinstance(root, Chebyshev) and (root.num_iters, root.products) == (3, 2)
+    assert isinstance(root, Chebyshev)
+    assert (root.num_iters, root.products) == (3, 2)
     assert len(dots(root, jnp.eye(6))) == 2
     cov = ops.moments(activations(shift=shift).reshape(-1, 16)).cov + 1e-5 * jnp.eye(16)
     wanted = ops.newton_schulz(cov, num_iters=3)

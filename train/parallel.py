@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 AXIS = "data"
 
 
-def compiler_options() -> dict[str, bool]:
+def compiler_options() -> dict[str, str | bool]:
     """Return what a step is compiled with: on a GPU its many small products by cuBLAS.
 
     By default XLA makes kernels of its own for every product, dozens of each to choose from. A whitened

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from netdeconv_jax.ops.grouping import ColumnGroups
+from netdeconv_jax.ops.roots import check_precision
 
 
 def fold(
@@ -20,6 +21,7 @@ def fold(
     groups: ColumnGroups,
     *,
     dtype: Any = None,
+    precision: str = "highest",
 ) -> tuple[jax.Array, jax.Array]:
     """Return the kernel and bias of the plain convolution that equals whitening and convolving.
 
@@ -34,11 +36,12 @@ def fold(
       groups: of all columns (channel, tap), or of the channels alone, whose one whitener then serves
         every kernel tap.
       dtype: of the folded kernel; default that of `kernel`.
+      precision: of the product of whitener and kernel, as `ops.newton_schulz`. The bias's is the highest.
     Returns:
       A kernel of the same shape in `dtype`, and a bias [features] in the dtype of the statistics.
     Raises:
       ValueError: the kernel has other columns than `groups`, or features that its feature groups do not
-        divide; `bias`, `mean` or `whitener` has another shape than these.
+        divide; `bias`, `mean` or `whitener` has another shape than these; `precision` is unknown.
 
     Source: Ye et al. 2020, section 3.4; the original code multiplies the kernel in the same way.
 
@@ -70,12 +73,13 @@ def fold(
     ):
         if value is not None and np.shape(value) != shape:
             raise ValueError(f"`{name}` must have shape {shape}, got {np.shape(value)}.")
-    return _fold(kernel, bias, mean, whitener, groups, jnp.dtype(dtype))
+    check_precision(precision)
+    return _fold(kernel, bias, mean, whitener, groups, jnp.dtype(dtype), precision)
 
 
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.
-@functools.partial(jax.jit, static_argnums=(4, 5), inline=True)
-def _fold(kernel, bias, mean, whitener, groups, dtype):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _fold(kernel, bias, mean, whitener, groups, dtype, precision):
     *kernel_size, channels, features = kernel.shape
     taps, columns = math.prod(kernel_size), groups.sets * groups.groups * groups.width
     own_taps = taps if columns == channels * taps else 1
@@ -89,7 +93,7 @@ def _fold(kernel, bias, mean, whitener, groups, dtype):
 
     lead = (groups.feature_groups, groups.sets)
     d = whitener.reshape(*lead, groups.width, groups.width)
-    w = jnp.einsum("asij,tfasgj->tfasgi", d, w, precision=lax.Precision.HIGHEST)
+    w = jnp.einsum("asij,tfasgj->tfasgi", d, w, precision=precision)
     folded = groups.join(w).reshape(
         shared_taps, per_group, groups.feature_groups, channels, own_taps
     )

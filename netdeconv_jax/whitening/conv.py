@@ -136,7 +136,9 @@ def deconv_conv(
         update_whitener=update_whitener,
         moments=moments,
     )
-    kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    kernel, bias = ops.fold(
+        kernel, bias, mean, whitener, groups, dtype=dtype, precision=spec.fold_precision(dtype)
+    )
     if not use_running_average and conv_general_dilated in (None, lax.conv_general_dilated):
         conv_general_dilated = ops.convolution
     y = plain_conv(
@@ -239,7 +241,9 @@ def deconv_dense(
         update_whitener=update_whitener,
         moments=moments,
     )
-    kernel, bias = ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+    kernel, bias = ops.fold(
+        kernel, bias, mean, whitener, groups, dtype=dtype, precision=spec.fold_precision(dtype)
+    )
     y = plain_dense(
         x,
         kernel,

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from netdeconv_jax.ops import grouping as grouping_ops
 from netdeconv_jax.ops import roots
 from netdeconv_jax.ops.inverse_sqrt import METHODS
@@ -23,6 +25,7 @@ from netdeconv_jax.whitening.strategies import (
 )
 
 WHITEN = ("patches", "channels")
+_TF32_DIGITS = 10  # binary, behind the point
 _OF_PRODUCTS = (
     NewtonSchulz,
     Chebyshev,
@@ -132,20 +135,41 @@ class WhiteningSpec:
         three seeds. Of full width, in bfloat16, after 20 epochs, 93.4% and 94.2%, batch norm 92.4%, one seed
         each: where a run is long and the last point counts, blocks of 64 have it.
         """
-        return cls(root=Chebyshev(num_iters=3, tol=6e-3), sampling=Budget(), grouping=Interleaved(16))
+        return cls(
+            root=Chebyshev(num_iters=3, tol=6e-3), sampling=Budget(), grouping=Interleaved(16)
+        )
 
     @classmethod
     def mixed(cls) -> "WhiteningSpec":
         """Return the default's whitening, in products that accelerators are fast at: for bfloat16 networks.
 
         Samples are multiplied as bfloat16; the root takes half the products, in TF32 on GPUs, as three
-        products of bfloat16 on TPUs. Sums are float32. On images the whitener is the default's to 2e-3 of its
-        norm, its gradient to 1e-2: what rounding to bfloat16 does by itself. Layers with more than five
-        iterations, the stems of most networks, keep those in float32. On an H200 a step of ResNet-18 at CIFAR's
-        size takes 0.42 of the default's time; 20 epochs of CIFAR-10 reach 94.2%. On CPUs half of the root's
+        products of bfloat16 on TPUs, and so does folding where the kernel is rounded to bfloat16. Sums are
+        float32. On images the whitener is the default's to 2e-3 of its norm, its gradient to 1e-2: what
+        rounding to bfloat16 does by itself. Layers with more than five iterations, the stems of most
+        networks, keep those in float32. On an H200 a step of ResNet-18 at CIFAR's size takes 0.42 of the
+        default's time, 20 epochs reach 94.2%, with folding still in float32. On CPUs half of the root's
         products are saved and statistics take longer.
         """
         return cls(root=Chebyshev(precision="high"), sample_dtype="bfloat16")
+
+    def fold_precision(self, dtype: Any) -> str:
+        """Return the precision of the product that folds the whitener into a kernel of `dtype`.
+
+        The root's, where `dtype` has fewer digits than TF32 so that rounding hides it; else the highest.
+
+        Args:
+          dtype: of the folded kernel.
+
+        Source: ours.
+
+        Example:
+          >>> from netdeconv_jax import WhiteningSpec
+          >>> WhiteningSpec.mixed().fold_precision("bfloat16"), WhiteningSpec().fold_precision("bfloat16")
+          ('high', 'highest')
+        """
+        rounded = jnp.finfo(dtype).nmant < _TF32_DIGITS
+        return getattr(self.root, "precision", "highest") if rounded else "highest"
 
     def replace(self, **settings: Any) -> "WhiteningSpec":
         """Return a copy with some settings changed, strategies or their shorthand."""

@@ -155,6 +155,7 @@ def fold_transposed(
             whitener[at][..., : g.width, : g.width],
             g,
             dtype=dtype,
+            precision=spec.fold_precision(dtype or kernel.dtype),
         )
         kernels.append(folded)
         biases.append(shifted)

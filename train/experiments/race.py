@@ -35,7 +35,7 @@ CELLS = tuple(
 
 
 def seconds_to_mark(run: Result) -> float | None:
-    """Return the seconds of the steps until the first epoch at whose end `MARK` is reached; None for never."""
+    """Return the seconds of steps until the first epoch at whose end `MARK` is reached; None for never."""
     seconds, before = 0.0, 0
     for row in run["epochs"]:
         seconds, before = seconds + row["step_seconds"] * (row["step"] - before), row["step"]
@@ -102,8 +102,8 @@ def _seconds(results: Results) -> Verdict:
         f"{best:.0f} s against {batch[0]:.0f} s",
         f"{ratio:.2f} of batch norm's",
         str(min(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}",
-        f"{CONDITIONS[name][0]} in a run of {length}, batch norm in one of {batch[1]}: of each the length that "
-        "is there soonest. Both have the recipe of the original, tuned for neither.",
+        f"{CONDITIONS[name][0]} in a run of {length}, batch norm in one of {batch[1]}: of each the length "
+        "that is there soonest. Both have the recipe of the original, tuned for neither.",
     )
 
 
