@@ -147,7 +147,7 @@ ENTRY %main {
   %p = f32[4]{0} parameter(0)
   %f.1 = (f32[4]{0}, f32[]) fusion(%p), kind=kInput, metadata={op_name="jvp(M)/jit(_own_moments)/sub"}
   %g = f32[4]{0} get-tuple-element(%f.1), index=0
-  %d = (f32[4,4]{1,0}, s8[8]{0}) custom-call(%g), custom_call_target="__cublas$lt$matmul", op_name="transpose(jvp(M))/_fold"
+  %d = (f32[4], s8[8]) custom-call(%g), custom_call_target="__cublas$lt$matmul", op_name="transpose(M)/_fold"
   ROOT %c.2 = f32[4]{0} copy(%g)
 }
 """

@@ -400,6 +400,17 @@ def test_a_speed_run_that_diverged_is_counted_apart(tmp_path):
     assert rows[1].startswith("| airbench | deconvolution | 8 | 92.00 | 1, 1 diverged | 9 (")
 
 
+def test_a_condition_that_always_diverged_is_in_the_table_of_the_ablation(tmp_path):
+    written(tmp_path, "ablation", "full", 0, 0.5)
+    written(tmp_path, "ablation", "fast_every4", 0, 0.5)
+    path = tmp_path / "ablation/fast_every4-seed0.json"
+    path.write_text(path.read_text().replace('"done"', '"diverged"'))
+    experiment = EXPERIMENTS["ablation"]
+    rows = experiment.tell(results.read(tmp_path, experiment), Pictures(tmp_path / "page.md"))
+    assert "| diverged |" in rows[-1]
+    assert rows[-1].startswith("| `fast_every4` |")
+
+
 def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
     for cell, seconds, reached in (
         ("batch-epochs20", 0.003, 4),
