@@ -57,6 +57,8 @@ PARTS = {
     "batch norm": ("/bn", "/norm", "BatchNorm"),
 }
 _NO_KERNEL = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+_CALLED = re.compile(r"(?:computation|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 
 
@@ -139,18 +141,31 @@ def count(
 
 
 def operations(program: str) -> list[tuple[str, str]]:
-    """Return the lines of the entry computation that become kernels, and their kinds."""
-    found = []
-    for line in program[program.index("\nENTRY") :].splitlines():
-        match = _OPERATION.match(line)
-        if match is None or match[1] in _NO_KERNEL:
-            continue
-        kind = match[1]
-        if kind == "custom-call":
-            kind = re.findall(r'custom_call_target="([^"]+)"', line)[0].strip("_$")
-        elif kind == "fusion":
-            kind = "fusion " + re.findall(r"kind=k(\w+)", line)[0]
-        found.append((line, kind))
+    """Return the lines of a program that become kernels, and their kinds; of a conditional all branches."""
+    computations, entry = {}, ""
+    for block in re.split(r"\n(?=\S)", program):
+        match = re.match(r"(ENTRY )?%?([\w.\-]+)", block)
+        if match:
+            name = match[2]
+            computations[name] = block.splitlines()[1:]
+            entry = name if match[1] else entry
+    found, waiting = [], [entry]
+    while waiting:
+        for line in computations.get(waiting.pop(), ()):
+            match = _OPERATION.match(line)
+            if match is None or match[1] in _NO_KERNEL:
+                continue
+            kind = match[1]
+            if kind in ("conditional", "call", "while"):
+                waiting += _CALLED.findall(line)
+                for names in _BRANCHES.findall(line):
+                    waiting += names.replace("%", "").split(", ")
+                continue
+            if kind == "custom-call":
+                kind = re.findall(r'custom_call_target="([^"]+)"', line)[0].strip("_$")
+            elif kind == "fusion":
+                kind = "fusion " + re.findall(r"kind=k(\w+)", line)[0]
+            found.append((line, kind))
     return found
 
 

@@ -5,11 +5,11 @@ r"""CIFAR-10, 60,000 photos of 32x32, with the recipe of the original code.
       --workdir=runs/cifar10
 
 Hardware: one GPU. Time: 20 epochs of ResNet-18 take half a minute with batch norm and 50 to 75 s with
-deconvolution on an H200, with --config.dtype=bfloat16 and --config.whitening.preset=fast or mixed; on two CPU
-cores an epoch takes a quarter of an hour, one of the same network with --config.model.width=0.25 two
-minutes. Expected accuracy, as published (Ye et al. 2020, Table 1, ResNet-18): batch norm 92.64%,
-deconvolution 94.07%; after one epoch (--config.epochs=1) 56.25% and 72.89%. Found on the H200: 92.37% and,
-with `mixed`, 94.21%.
+deconvolution on an H200, compilation left out, with --config.dtype=bfloat16 and
+--config.whitening.preset=fast or mixed; on two CPU cores an epoch takes a quarter of an hour, one of the
+same network with --config.model.width=0.25 two minutes. Expected accuracy, as published (Ye et al. 2020,
+Table 1, ResNet-18): batch norm 92.64%, deconvolution 94.07%; after one epoch (--config.epochs=1) 56.25% and
+72.89%. Found on the H200: 92.37% and, with `mixed`, 94.21%.
 """
 
 from netdeconv_jax.models.units import NORMS

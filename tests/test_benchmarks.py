@@ -160,6 +160,25 @@ ENTRY %main {
     ]
 
 
+@pytest.mark.parametrize("switch", [False, True])
+def test_kernels_in_the_branches_of_a_conditional_are_counted(switch):
+    def heavy(x):
+        return jnp.linalg.cholesky(x)  # a call of a library, on a CPU too
+
+    def step(x, n):
+        branches = (lambda x: x, heavy)
+        return (
+            jax.lax.switch(n, (*branches, heavy), x)
+            if switch
+            else jax.lax.cond(n > 1, *branches[::-1], x)
+        )
+
+    text = jax.jit(step).lower(jnp.eye(8), 0).compile().as_text()
+    assert text is not None
+    calls = [kind for _, kind in kernels.operations(text) if "potrf" in kind]
+    assert len(calls) == 1 + switch
+
+
 def test_on_a_gpu_products_are_left_to_cublas(monkeypatch):
     assert compiler_options() == {}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

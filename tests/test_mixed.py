@@ -75,6 +75,14 @@ def test_samples_are_multiplied_as_bfloat16_with_sums_in_float32_and_the_root_at
     assert sum(dot[3] == HIGHEST for dot in rest) == len(rest) - 21 == 3  # the folded bias
 
 
+def test_evaluation_folds_at_the_highest_as_a_folded_model_does():
+    x = activations(jnp.bfloat16)
+    layer = DeconvConv(4, (3, 3), spec=WhiteningSpec.mixed(), dtype=jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    found = dots(lambda x: layer.apply(variables, x, use_running_average=True), x)
+    assert {dot[3] for dot in found} == {HIGHEST}
+
+
 def test_folding_in_tf32_errs_far_less_than_the_rounding_that_follows():
     x = activations().reshape(-1, 16)
     groups = ops.column_groups(channels=16, taps=1, block_size=16)

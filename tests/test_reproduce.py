@@ -411,14 +411,13 @@ def test_a_condition_that_always_diverged_is_in_the_table_of_the_ablation(tmp_pa
     assert rows[-1].startswith("| `fast_every4` |")
 
 
-def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
-    for cell, seconds, reached in (
-        ("batch-epochs20", 0.003, 4),
-        ("fast-epochs20", 0.002, 3),
-        ("mixed-epochs20", 0.001, None),
-    ):
-        written(tmp_path, "race", cell, 0, 0.95)
-        path = tmp_path / f"race/{cell}-seed0.json"
+def raced(tmp_path, **cells):
+    """Verdicts and table of a race; by cell and seed seconds a step and the epoch at 93%, None for never."""
+    for name, (seconds, reached) in cells.items():
+        condition, epochs, seed = name.split("_")
+        cell = f"{condition}-epochs{epochs}"
+        written(tmp_path, "race", cell, int(seed), 0.95)
+        path = tmp_path / f"race/{cell}-seed{seed}.json"
         rows = [
             {
                 "step": 100 * epoch,
@@ -427,19 +426,37 @@ def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
             }
             for epoch in range(1, 6)
         ]
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": rows}))
+        record = json.loads(path.read_text()) | {"epochs": rows}
+        record |= {"status": "diverged", "epochs": []} if seconds is None else {}
+        path.write_text(json.dumps(record))
     experiment = EXPERIMENTS["race"]
     found = results.read(tmp_path, experiment)
-    seconds, accuracy = experiment.judge(found)
-    assert (seconds.holds, seconds.ours) == ("yes", "1 s against 1 s")
-    assert seconds.difference == "0.50 of batch norm's"
+    return *experiment.judge(found), experiment.tell(found, Pictures(tmp_path / "page.md"))
+
+
+def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
+    seconds, accuracy, (picture, _, *table) = raced(
+        tmp_path, batch_20_0=(0.03, 4), fast_20_0=(0.02, 3), mixed_20_0=(0.01, None)
+    )
+    assert (seconds.holds, seconds.ours) == ("yes", "6 s against 12 s")
+    assert (seconds.difference, seconds.seeds) == ("0.50 of batch norm's", "1 and 1")
     assert (accuracy.holds, accuracy.ours) == ("no", "90.00 against 93.00")
-    picture, _, *table = experiment.tell(found, Pictures(tmp_path / "page.md"))
     assert picture.endswith("(images/reproduction/race.png)")
     assert (tmp_path / "images/reproduction/race.png").stat().st_size > 10_000
     assert [row.count("not reached") for row in table[2:]] == [0, 0, 1]
-    alone = {name: runs for name, runs in found.items() if name != "batch-epochs20"}
-    assert {verdict.holds for verdict in experiment.judge(alone)} == {"not run"}
+
+
+def test_a_race_is_not_run_without_both(tmp_path):
+    seconds, accuracy, _ = raced(tmp_path, fast_20_0=(0.02, 3))
+    assert {seconds.holds, accuracy.holds} == {"not run"}
+
+
+def test_who_never_gets_there_has_lost_the_race(tmp_path):
+    seconds, _, table = raced(tmp_path, batch_20_0=(0.03, None), fast_20_0=(0.02, 3))
+    assert (seconds.holds, seconds.ours) == ("yes", "6 s")
+    seconds, _, table = raced(tmp_path, batch_20_0=(0.03, 4), fast_20_1=(None, None))
+    assert seconds.holds == "no"
+    assert "1, 1 diverged" in table[-1]
 
 
 def test_a_page_of_nothing_claims_nothing(tmp_path):

@@ -18,7 +18,7 @@ WHITENING = {
     "method": str,
     "one_pass": bool,
     "sample_dtype": str,
-    "precision": str,  # of the root's products
+    "precision": str,  # of the root's products, and folding's
     "ridge": float,  # of methods "eigh" and "chebyshev", relative to the norm
 }
 

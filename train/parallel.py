@@ -154,10 +154,11 @@ class Pmap(Parallel):
         """See `Parallel`."""
         given = arguments if feed is None else (*arguments, feed)
         mapped = self._map(function, axis_name=AXIS, donate_argnums=range(donate))
-        compiled = mapped.lower(*given).compile(compiler_options())
+        alone = jax.process_count() == 1
         # What is compiled wants the arrays of all processes in one; only the pmap itself joins them, and it
-        # finds the program there.
-        return compiled if jax.process_count() == 1 else mapped
+        # finds the program there, if it was compiled without options.
+        compiled = mapped.lower(*given).compile(compiler_options() if alone else None)
+        return compiled if alone else mapped
 
     def whole(self, tree: Any) -> Any:
         """See `Parallel`."""

@@ -148,15 +148,14 @@ def kept_product(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
 def frobenius_norm(a: jax.Array) -> jax.Array:
     """Norm over the last two axes; 1 for an all-zero matrix, and no overflow where entries pass 1e19.
 
-    The scale is the largest entry of the diagonal, which nothing exceeds in a covariance. It is a constant to
-    differentiation: rightly, since scale * ||a / scale|| does not depend on it.
+    The scale is a constant to differentiation: rightly, since scale * ||a / scale|| does not depend on it.
     """
-    diagonal = jnp.diagonal(a, axis1=-2, axis2=-1)
-    scale = lax.stop_gradient(jnp.max(jnp.abs(diagonal), axis=-1)[..., None, None])
-    scale = jnp.where(scale == 0, 1, scale)
+    scale = lax.stop_gradient(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
+    zero = scale == 0
+    scale = jnp.where(zero, 1, scale)
     squares = jnp.sum((a / scale) ** 2, axis=(-2, -1), keepdims=True)
     # The square root of zero has an infinite slope: take that of one instead, before the root, not after.
-    return (scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))[..., 0, 0]
+    return (scale * jnp.sqrt(jnp.where(zero, 1, squares)))[..., 0, 0]
 
 
 @jax.custom_jvp

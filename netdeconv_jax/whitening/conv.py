@@ -137,7 +137,13 @@ def deconv_conv(
         moments=moments,
     )
     kernel, bias = ops.fold(
-        kernel, bias, mean, whitener, groups, dtype=dtype, precision=spec.fold_precision(dtype)
+        kernel,
+        bias,
+        mean,
+        whitener,
+        groups,
+        dtype=dtype,
+        precision="highest" if use_running_average else spec.fold_precision(dtype),
     )
     if not use_running_average and conv_general_dilated in (None, lax.conv_general_dilated):
         conv_general_dilated = ops.convolution
@@ -242,7 +248,13 @@ def deconv_dense(
         moments=moments,
     )
     kernel, bias = ops.fold(
-        kernel, bias, mean, whitener, groups, dtype=dtype, precision=spec.fold_precision(dtype)
+        kernel,
+        bias,
+        mean,
+        whitener,
+        groups,
+        dtype=dtype,
+        precision="highest" if use_running_average else spec.fold_precision(dtype),
     )
     y = plain_dense(
         x,

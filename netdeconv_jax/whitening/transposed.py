@@ -115,7 +115,14 @@ def deconv_conv_transpose(
         moments=moments,
     )
     kernel, bias = fold_transposed(
-        kernel, bias, mean, whitener, geometry=geometry, spec=spec, dtype=dtype
+        kernel,
+        bias,
+        mean,
+        whitener,
+        geometry=geometry,
+        spec=spec,
+        dtype=dtype,
+        precision="highest" if use_running_average else spec.fold_precision(dtype),
     )
     y = _convolve(
         x, kernel, bias, geometry, full, precision, preferred_element_type, conv_general_dilated
@@ -132,12 +139,14 @@ def fold_transposed(
     geometry: ops.Transposed,
     spec: WhiteningSpec,
     dtype: Any = None,
+    precision: str = "highest",
 ) -> tuple[jax.Array, jax.Array]:
     """Return the kernel and biases of the plain transposed convolution that equals whitening and convolving.
 
     Args:
       kernel, bias, mean, whitener, geometry, spec: as in `deconv_conv_transpose`.
       dtype: of the folded kernel; default that of `kernel`.
+      precision: of the product of whitener and kernel, as `ops.fold`.
     Returns:
       A kernel of the same shape in `dtype`; and [*strides, features] in the dtype of the statistics, the bias
       of an output pixel by its place modulo the strides.
@@ -155,7 +164,7 @@ def fold_transposed(
             whitener[at][..., : g.width, : g.width],
             g,
             dtype=dtype,
-            precision=spec.fold_precision(dtype or kernel.dtype),
+            precision=precision,
         )
         kernels.append(folded)
         biases.append(shifted)

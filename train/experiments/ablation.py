@@ -55,13 +55,32 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "`WhiteningSpec.fast()`, every fourth step computes",
         {"preset": "fast", "update_every": 4},
     ),
+    "fast_every4_later": (
+        "the same, after the first epoch",
+        {"preset": "fast", "update_every": 4, "update_warmup_steps": 390},
+    ),
+    "fast_every4_momentum5": (
+        "every fourth step, momentum 0.5",
+        {"preset": "fast", "update_every": 4, "momentum": 0.5},
+    ),
+    "fast_every2": (
+        "`WhiteningSpec.fast()`, every second step computes",
+        {"preset": "fast", "update_every": 2},
+    ),
     "fast_every4_last": (
-        "the same, whitened by the last one that was computed",
+        "every fourth step, by the last whitener that was computed",
         {"preset": "fast", "update_every": 4, "momentum": 0.0},
     ),
     "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
-LONG = ("batch", "full", "fast", "fast_iterated", "iterations3")  # those worth ten epochs
+LONG = (
+    "batch",
+    "full",
+    "fast",
+    "fast_iterated",
+    "fast_every4_later",
+    "iterations3",
+)  # those worth ten epochs
 
 
 class Claim(NamedTuple):
@@ -107,6 +126,9 @@ _EXPENSIVE = {
     "fast5": 1.7,
     "fast_every4": 1.5,
     "fast_every4_last": 1.5,
+    "fast_every4_later": 1.5,
+    "fast_every4_momentum5": 1.5,
+    "fast_every2": 1.5,
     "block32": 2.2,
     "stride1": 4.5,
 }
