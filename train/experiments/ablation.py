@@ -71,6 +71,10 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "every fourth step, by the last whitener that was computed",
         {"preset": "fast", "update_every": 4, "momentum": 0.0},
     ),
+    "fast_detached": (
+        "`fast_iterated` without gradient through the whitener",
+        {"preset": "fast", "method": "newton_schulz", "through_root": False},
+    ),
     "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
 LONG = (
@@ -125,6 +129,7 @@ _EXPENSIVE = {
     "fast_iterated": 1.7,
     "fast5": 1.7,
     "fast_every4": 1.5,
+    "fast_detached": 1.4,
     "fast_every4_last": 1.5,
     "fast_every4_later": 1.5,
     "fast_every4_momentum5": 1.5,
