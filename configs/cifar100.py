@@ -4,7 +4,7 @@ r"""CIFAR-100, 60,000 photos of 32x32 in 100 classes, with the recipe of the ori
   python -m train.main --config=configs/cifar100.py:resnet18,deconv --config.data_dir=DIR \
       --workdir=runs/cifar100
 
-Hardware: one GPU. Time: CIFAR-10's. Expected accuracy, as published (Ye et al. 2020,
+Hardware: one GPU. Time: not measured. Expected accuracy, as published (Ye et al. 2020,
 Table 1, ResNet-18): batch norm 72.67%, deconvolution 76.55%.
 """
 

@@ -75,12 +75,31 @@ def test_samples_are_multiplied_as_bfloat16_with_sums_in_float32_and_the_root_at
     assert sum(dot[3] == HIGHEST for dot in rest) == len(rest) - 21 == 3  # the folded bias
 
 
-def test_evaluation_folds_at_the_highest_as_a_folded_model_does():
-    x = activations(jnp.bfloat16)
-    layer = DeconvConv(4, (3, 3), spec=WhiteningSpec.mixed(), dtype=jnp.bfloat16)
-    variables = layer.init(jax.random.key(0), x, use_running_average=True)
-    found = dots(lambda x: layer.apply(variables, x, use_running_average=True), x)
-    assert {dot[3] for dot in found} == {HIGHEST}
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda **settings: DeconvConv(4, (3, 3), **settings),
+        lambda **settings: DeconvConvTranspose(4, (3, 3), (2, 2), **settings),
+        lambda **settings: DeconvDense(4, **settings),
+    ],
+)
+def test_every_layer_folds_a_rounded_kernel_in_less_in_training_alone(kind, running, monkeypatch):
+    found = []
+
+    def fold(*args, precision="highest", **settings):
+        found.append(precision)
+        return original(*args, precision=precision, **settings)
+
+    original = ops.fold
+    monkeypatch.setattr(ops, "fold", fold)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        x = activations(dtype)
+        layer = kind(spec=WhiteningSpec.mixed(), dtype=dtype)
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        found.clear()
+        layer.apply(variables, x, use_running_average=running, mutable=["batch_stats"])
+        assert set(found) == {"high" if dtype == jnp.bfloat16 and not running else "highest"}
 
 
 def test_folding_in_tf32_errs_far_less_than_the_rounding_that_follows():
@@ -102,12 +121,16 @@ def test_folding_in_tf32_errs_far_less_than_the_rounding_that_follows():
     ("dtype", "found"), [("float32", "highest"), ("float16", "highest"), ("bfloat16", "high")]
 )
 def test_a_kernel_is_folded_in_less_only_where_it_is_rounded_to_less(dtype, found):
-    assert WhiteningSpec.mixed().fold_precision(dtype) == found
-    assert (
-        WhiteningSpec().fold_precision(dtype)
-        == WhiteningSpec.fast().fold_precision(dtype)
-        == "highest"
-    )
+    def of(spec, training=True):
+        return spec.fold_precision(dtype, training=training)
+
+    assert of(WhiteningSpec.mixed()) == found
+    assert of(WhiteningSpec(precision="default")) == found  # never one product of bfloat16
+    for spec in (WhiteningSpec(), WhiteningSpec.fast(), WhiteningSpec(root=lambda cov: cov)):
+        assert of(spec) == "highest"
+    assert of(WhiteningSpec.mixed(), training=False) == "highest"
+    with pytest.raises(ValueError, match="`dtype` must be floating point, got int32"):
+        WhiteningSpec.mixed().fold_precision("int32", training=True)
 
 
 def dense(x):

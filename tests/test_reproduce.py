@@ -412,7 +412,7 @@ def test_a_condition_that_always_diverged_is_in_the_table_of_the_ablation(tmp_pa
 
 
 def raced(tmp_path, **cells):
-    """Verdicts and table of a race; by cell and seed seconds a step and the epoch at 93%, None for never."""
+    """Verdicts and table of a race; by cell and seed seconds a step and the first epoch of 93%, or None."""
     for name, (seconds, reached) in cells.items():
         condition, epochs, seed = name.split("_")
         cell = f"{condition}-epochs{epochs}"
@@ -447,13 +447,23 @@ def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
 
 
 def test_a_race_is_not_run_without_both(tmp_path):
-    seconds, accuracy, _ = raced(tmp_path, fast_20_0=(0.02, 3))
+    seconds, accuracy, _ = raced(tmp_path, fast_20_0=(0.02, 3), batch_10_0=(0.03, None))
     assert {seconds.holds, accuracy.holds} == {"not run"}
+
+
+def test_seconds_of_two_devices_are_no_race(tmp_path):
+    raced(tmp_path, batch_20_0=(0.03, 4))
+    path = tmp_path / "race/batch-epochs20-seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another"}))
+    seconds, _, _ = raced(tmp_path, fast_20_0=(0.02, 3))
+    assert seconds.holds == "not run"
 
 
 def test_who_never_gets_there_has_lost_the_race(tmp_path):
     seconds, _, table = raced(tmp_path, batch_20_0=(0.03, None), fast_20_0=(0.02, 3))
     assert (seconds.holds, seconds.ours) == ("yes", "6 s")
+    seconds, _, table = raced(tmp_path, batch_20_1=(0.001, 4))
+    assert (seconds.holds, seconds.why) == ("in part", "With batch norm 1 of 2 seeds get there.")
     seconds, _, table = raced(tmp_path, batch_20_0=(0.03, 4), fast_20_1=(None, None))
     assert seconds.holds == "no"
     assert "1, 1 diverged" in table[-1]

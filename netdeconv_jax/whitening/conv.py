@@ -143,7 +143,7 @@ def deconv_conv(
         whitener,
         groups,
         dtype=dtype,
-        precision="highest" if use_running_average else spec.fold_precision(dtype),
+        precision=spec.fold_precision(dtype, training=not use_running_average),
     )
     if not use_running_average and conv_general_dilated in (None, lax.conv_general_dilated):
         conv_general_dilated = ops.convolution
@@ -254,7 +254,7 @@ def deconv_dense(
         whitener,
         groups,
         dtype=dtype,
-        precision="highest" if use_running_average else spec.fold_precision(dtype),
+        precision=spec.fold_precision(dtype, training=not use_running_average),
     )
     y = plain_dense(
         x,

@@ -145,24 +145,26 @@ class WhiteningSpec:
         """Return the default's whitening, in products that accelerators are fast at: for bfloat16 networks.
 
         Samples are multiplied as bfloat16; the root takes half the products, in TF32 on GPUs, as three
-        products of bfloat16 on TPUs, and so does folding where the kernel is rounded to bfloat16. Sums are
-        float32. On images the whitener is the default's to 2e-3 of its norm, its gradient to 1e-2: what
-        rounding to bfloat16 does by itself. Layers with more than five iterations, the stems of most
-        networks, keep those in float32. On an H200 a step of ResNet-18 at CIFAR's size takes 0.42 of the
-        default's time, 20 epochs reach 94.2%, with folding still in float32. On CPUs half of the root's
-        products are saved and statistics take longer.
+        products of bfloat16 on TPUs, and so does, in training, folding where the kernel is rounded to
+        bfloat16. Sums are float32. On images the whitener is the default's to 2e-3 of its norm, its
+        gradient to 1e-2: what rounding to bfloat16 does by itself. Layers with more than five iterations,
+        the stems of most networks, keep those in float32. On an H200 a step of ResNet-18 at CIFAR's size
+        takes 0.42 of the default's time, 20 epochs reach 94.2%, with folding still in float32. On CPUs half
+        of the root's products are saved and statistics take longer.
         """
         return cls(root=Chebyshev(precision="high"), sample_dtype="bfloat16")
 
-    def fold_precision(self, dtype: Any) -> str:
-        """Return the precision in which training folds a whitener into a kernel that is rounded to `dtype`.
+    def fold_precision(self, dtype: Any, *, training: bool) -> str:
+        """Return the precision in which a layer folds its whitener into a kernel that is rounded to `dtype`.
 
-        `"high"` where the root is below `"highest"` and `dtype` has fewer digits than TF32. That loses a
-        third of what rounding to bfloat16 does, or less; up to twice as much in a nearly constant kernel
-        over nearly equal columns. Evaluation folds at `"highest"`, as `interop.fold`.
+        `"high"` in training, where the root is below `"highest"` and `dtype` has fewer digits than TF32.
+        With five iterations that loses a third of what rounding to bfloat16 does, or less; with nearly
+        equal columns and a nearly constant kernel 1.7 times what rounding does. Otherwise `"highest"`, as
+        in `interop.fold`.
 
         Args:
           dtype: of the folded kernel, floating point.
+          training: whether the layer trains.
         Raises:
           ValueError: `dtype` is not floating point.
 
@@ -170,12 +172,15 @@ class WhiteningSpec:
 
         Example:
           >>> from netdeconv_jax import WhiteningSpec
-          >>> WhiteningSpec.mixed().fold_precision("bfloat16"), WhiteningSpec().fold_precision("bfloat16")
-          ('high', 'highest')
+          >>> mixed, default = WhiteningSpec.mixed(), WhiteningSpec()
+          >>> [spec.fold_precision("bfloat16", training=True) for spec in (mixed, default)]
+          ['high', 'highest']
         """
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(f"`dtype` must be floating point, got {jnp.dtype(dtype)}.")
         rounded = jnp.finfo(dtype).nmant < _TF32_DIGITS
         low = getattr(self.root, "precision", "highest") in ("high", "default")
-        return "high" if low and rounded else "highest"
+        return "high" if training and low and rounded else "highest"
 
     def replace(self, **settings: Any) -> "WhiteningSpec":
         """Return a copy with some settings changed, strategies or their shorthand."""

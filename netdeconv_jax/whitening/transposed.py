@@ -122,7 +122,7 @@ def deconv_conv_transpose(
         geometry=geometry,
         spec=spec,
         dtype=dtype,
-        precision="highest" if use_running_average else spec.fold_precision(dtype),
+        precision=spec.fold_precision(dtype, training=not use_running_average),
     )
     y = _convolve(
         x, kernel, bias, geometry, full, precision, preferred_element_type, conv_general_dilated

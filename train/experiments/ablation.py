@@ -56,11 +56,11 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"preset": "fast", "update_every": 4},
     ),
     "fast_every4_later": (
-        "the same, after the first epoch",
+        "`WhiteningSpec.fast()`, every fourth step computes after the first epoch",
         {"preset": "fast", "update_every": 4, "update_warmup_steps": 390},
     ),
     "fast_every4_momentum5": (
-        "every fourth step, momentum 0.5",
+        "`WhiteningSpec.fast()`, every fourth step computes, momentum 0.5",
         {"preset": "fast", "update_every": 4, "momentum": 0.5},
     ),
     "fast_every2": (
@@ -68,7 +68,7 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         {"preset": "fast", "update_every": 2},
     ),
     "fast_every4_last": (
-        "every fourth step, by the last whitener that was computed",
+        "`WhiteningSpec.fast()`, every fourth step computes, momentum 0",
         {"preset": "fast", "update_every": 4, "momentum": 0.0},
     ),
     "fast_detached": (
