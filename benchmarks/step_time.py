@@ -181,7 +181,7 @@ def picture(options: argparse.Namespace, result: dict[str, Any]) -> None:
         ROOT / "docs" / "images" / f"step_time_{options.name}.png",
         title="One training step" + (", processor time" if on_cpu else ""),
         caption=f"{options.network}{width}, batch {options.batch}, {options.size}x{options.size}, "
-        f"{options.dtype}; {environment['device']} ({environment['processor']}), "
+        f"{options.dtype}; {environment['processor' if on_cpu else 'device']}, "
         f"jax {environment['jax']}, {options.rounds} rounds, {environment['date']}",
         notes={
             name: f"{_three_digits(1e3 * row[seconds]['median'])} ms, x {row[ratio]['median']:.2f}, "
