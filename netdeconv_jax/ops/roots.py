@@ -151,10 +151,11 @@ def frobenius_norm(a: jax.Array) -> jax.Array:
     The scale is a constant to differentiation: rightly, since scale * ||a / scale|| does not depend on it.
     """
     scale = lax.stop_gradient(jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True))
-    scale = jnp.where(scale == 0, 1, scale)
+    zero = scale == 0
+    scale = jnp.where(zero, 1, scale)
     squares = jnp.sum((a / scale) ** 2, axis=(-2, -1), keepdims=True)
     # The square root of zero has an infinite slope: take that of one instead, before the root, not after.
-    return (scale * jnp.sqrt(jnp.where(squares == 0, 1, squares)))[..., 0, 0]
+    return (scale * jnp.sqrt(jnp.where(zero, 1, squares)))[..., 0, 0]
 
 
 @jax.custom_jvp
