@@ -75,6 +75,10 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
         "`fast_iterated` without gradient through the whitener",
         {"preset": "fast", "method": "newton_schulz", "through_root": False},
     ),
+    "fast_contiguous": (
+        "`WhiteningSpec.fast()`, contiguous",
+        {"preset": "fast", "grouping": "contiguous"},
+    ),
     "mixed": ("`WhiteningSpec.mixed()`", {"preset": "mixed"}),
 }
 LONG = (
