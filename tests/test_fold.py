@@ -1,6 +1,7 @@
 """Whitening folded into the kernel, against whitening the patch matrix and multiplying."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ CASES = {
     "three groups of four": case(channels=12, block_size=4, kernel_size=(2, 3)),
     "blocks of one": case(channels=3, block_size=1),
     "contiguous": case(block_size=2, kind="contiguous"),
+    "three groups of four, contiguous": case(channels=12, block_size=4, kind="contiguous"),
     "per group": case(block_size=2, shared=False),
     "contiguous per group": case(channels=6, block_size=2, kind="contiguous", shared=False),
     "per group, no bias": case(block_size=2, shared=False, bias=False),
@@ -52,6 +54,7 @@ CASES = {
     "channels of two feature groups": case(whiten="channels", feature_groups=2),
     "1x1": case(kernel_size=(1, 1)),
     "1x1 in two groups": case(kernel_size=(1, 1), block_size=2),
+    "1x1 in two groups, contiguous": case(kernel_size=(1, 1), block_size=2, kind="contiguous"),
     "strides": case(strides=(2, 3), block_size=2),
     "1d": case((7,), (3,), block_size=2),
     "1d channels": case((7,), (3,), block_size=2, whiten="channels"),
@@ -118,6 +121,17 @@ def arrays(case):
     return x, kernel, rng.normal(size=FEATURES) if case["bias"] else None
 
 
+@pytest.fixture(params=[1, 8])
+def devices(request, monkeypatch):
+    """On one device a kernel is multiplied as a matrix. Equal layers share a trace, which does not know."""
+    trace = importlib.import_module("netdeconv_jax.ops.fold")._fold
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    trace.clear_cache()
+    yield request.param
+    trace.clear_cache()
+
+
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("name", CASES)
 def test_the_folded_convolution_is_whitening_and_multiplying(x64, name):
     case = CASES[name]
@@ -218,6 +232,7 @@ def test_every_product_runs_at_highest_precision():
         assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(
     "name", ["two groups", pytest.param("channels per group", marks=pytest.mark.slow)]
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from netdeconv_jax.ops.devices import on_one_device
 from netdeconv_jax.ops.grouping import ColumnGroups
 from netdeconv_jax.ops.roots import check_precision
 
@@ -80,10 +81,45 @@ def fold(
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.
 @functools.partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 def _fold(kernel, bias, mean, whitener, groups, dtype, precision):
-    *kernel_size, channels, features = kernel.shape
-    taps, columns = math.prod(kernel_size), groups.sets * groups.groups * groups.width
-    own_taps = taps if columns == channels * taps else 1
-    shared_taps, per_group = taps // own_taps, features // groups.feature_groups
+    columns = groups.sets * groups.groups * groups.width
+    taps = math.prod(kernel.shape[:-2])
+    own_taps = taps if columns == kernel.shape[-2] * taps else 1
+    alone = groups.feature_groups == groups.sets == 1
+    product = _one_whitener if alone else _several_whiteners
+    folded, shift = product(kernel, mean, whitener, groups, dtype, precision, own_taps)
+    return folded, -shift if bias is None else bias.astype(shift.dtype) - shift
+
+
+def _one_whitener(kernel, mean, whitener, groups, dtype, precision, own_taps):
+    """With features last, as kernels lie: the columns of a group by all else are a matrix, or a few."""
+    channels, features = kernel.shape[-2:]
+    w = kernel.astype(whitener.dtype).reshape(-1, own_taps, channels, features)
+    interleaved = groups.kind == "interleaved"
+    inner = groups.groups if interleaved else 1
+    whole = (-1, groups.width, inner, features)
+    w = jnp.swapaxes(w, 1, 2).reshape(whole)
+    if on_one_device(kernel):
+        # As a matrix: on CPUs a sum over two axes costs twice. Where features may be sharded they stay alone.
+        w = w.reshape(-1, groups.width, inner * features)
+    d = whitener.reshape(groups.width, groups.width)
+    if w.shape[0] == 1:
+        w = jnp.tensordot(d, w[0], axes=1, precision=precision)
+    else:  # one product for each matrix, so that no result is transposed
+        d = jnp.broadcast_to(d, (w.shape[0], *d.shape))
+        w = jnp.einsum("tij,tj...->ti...", d, w, precision=precision)
+    w = w.reshape(whole)
+    rounded = w.astype(dtype)
+    mu = mean.reshape(groups.width)
+    shift = jnp.einsum("i,tigf->f", mu, rounded.astype(w.dtype), precision=lax.Precision.HIGHEST)
+    folded = jnp.swapaxes(rounded.reshape(-1, channels, own_taps, features), 1, 2)
+    return folded.reshape(kernel.shape), shift
+
+
+def _several_whiteners(kernel, mean, whitener, groups, dtype, precision, own_taps):
+    """With the columns last, for which the kernel is turned, and turned back."""
+    channels, features = kernel.shape[-2:]
+    shared_taps = math.prod(kernel.shape[:-2]) // own_taps
+    per_group = features // groups.feature_groups
 
     # [shared taps, features in a feature group, (feature group, channel, own taps)]
     w = kernel.astype(whitener.dtype).reshape(
@@ -103,4 +139,4 @@ def _fold(kernel, bias, mean, whitener, groups, dtype, precision):
     shift = jnp.einsum(
         "asi,tfasgi->af", mu, w.astype(dtype).astype(w.dtype), precision=lax.Precision.HIGHEST
     ).reshape(features)
-    return folded, -shift if bias is None else bias.astype(shift.dtype) - shift
+    return folded, shift
