@@ -8,7 +8,9 @@ takes no product; `reused`, for a step with `update_whitener=False`; or `key=val
 """
 
 import ast
+import collections
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -108,6 +110,7 @@ def functions(model: Any, contender: Contender) -> tuple[Any, Any]:
       contender: says whether whiteners are reused.
     """
     optimizer = optax.sgd(RATE, momentum=0.9)
+    loss_of = _loss(model, contender)
 
     def init(key: jax.Array, image: jax.Array) -> Any:
         variables = model.init(key, image, train=False)
@@ -116,25 +119,49 @@ def functions(model: Any, contender: Contender) -> tuple[Any, Any]:
 
     def step(state: Any, images: jax.Array, labels: jax.Array) -> Any:
         params, stats, opt_state = state
-
-        def loss_of(params: Any) -> Any:
-            variables = {"params": params, "batch_stats": stats}
-            logits, updates = model.apply(
-                variables,
-                images,
-                train=True,
-                update_whitener=not contender.reused,
-                mutable=["batch_stats"],
-                rngs=_dropout(),
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates.get("batch_stats", {})
-
-        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        differentiated = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, stats), grads = differentiated(params, stats, images, labels)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), stats, opt_state), loss
 
     return init, step
+
+
+def _loss(model: Any, contender: Contender) -> Any:
+    """Return `loss(params, stats, images, labels)`, with the new stats beside it."""
+
+    def loss_of(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": stats},
+            images,
+            train=True,
+            update_whitener=not contender.reused,
+            mutable=["batch_stats"],
+            rngs=_dropout(),
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), updates.get("batch_stats", {})
+
+    return loss_of
+
+
+def kept(
+    model: Any, contender: Contender, state: Any, images: Any, labels: Any
+) -> collections.Counter[str]:
+    """Return the bytes that the forward pass keeps for the backward one, by dtype and shape of the arrays."""
+    loss_of = _loss(model, contender)
+
+    def forward(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
+        _, backward, _ = jax.vjp(
+            lambda params: loss_of(params, stats, images, labels), params, has_aux=True
+        )
+        return jax.tree.leaves(backward)
+
+    found: collections.Counter[str] = collections.Counter()
+    for array in jax.eval_shape(forward, *state[:2], images, labels):
+        shape = ",".join(map(str, array.shape))
+        found[f"{array.dtype}[{shape}]"] += math.prod(array.shape) * array.dtype.itemsize
+    return found
 
 
 class Step:

@@ -18,6 +18,7 @@ docs/images/step_time_<name>.png.
 """
 
 import argparse
+import collections
 import importlib.util
 import json
 import os
@@ -106,6 +107,9 @@ def race(options: argparse.Namespace, shape: tuple[int, ...], dtype: Any) -> dic
             "compilation_seconds": step.seconds,
             "first_step_seconds": sum(step.seconds.values()) + first,
             **step.resources(),
+            "kept_for_backward": _largest(
+                contenders.kept(step.model, contender, step.state, images, labels)
+            ),
             "step_seconds": [],
             "processor_seconds": [],
         }
@@ -121,6 +125,10 @@ def race(options: argparse.Namespace, shape: tuple[int, ...], dtype: Any) -> dic
             row["processor_seconds"].append(processor)
         say("  ".join(f"{name} {found[name]['step_seconds'][-1]:.4g}" for name in order))
     return summarized(found, order[0])
+
+
+def _largest(kept: collections.Counter[str]) -> dict[str, int]:
+    return {"bytes": kept.total(), **dict(kept.most_common(12))}
 
 
 def summarized(found: dict[str, Any], first: str) -> dict[str, Any]:

@@ -83,6 +83,9 @@ def test_a_compiled_step_trains_and_tells_what_it_takes():
     assert found["peak_bytes"] > 2 * parameters  # with their momentum
     assert found["flops"] > 0
     assert set(step.seconds) == {"trace", "lower", "compile"}
+    kept = contenders.kept(step.model, contender, step.state, images, labels)
+    assert kept["float32[36,36]"] >= 2 * 4 * 36**2  # matrices of a root, four channels of 3x3
+    assert kept["float32[4,8,8,3]"] == 4 * images.size
 
 
 def test_ratios_are_taken_within_a_round():
