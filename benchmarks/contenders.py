@@ -148,7 +148,10 @@ def _loss(model: Any, contender: Contender) -> Any:
 def kept(
     model: Any, contender: Contender, state: Any, images: Any, labels: Any
 ) -> collections.Counter[str]:
-    """Return the bytes that the forward pass keeps for the backward one, by dtype and shape of the arrays."""
+    """Return the bytes that JAX's forward pass hands to the backward one, by dtype and shape of the arrays.
+
+    Parameters among them. XLA shares, drops and recomputes some: the step's peak may be less.
+    """
     loss_of = _loss(model, contender)
 
     def forward(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:

@@ -174,6 +174,7 @@ def low_precision(mean):
     return x, kernel, found.mean, whitener, groups
 
 
+@pytest.mark.usefixtures("devices")
 def test_in_bfloat16_the_bias_is_of_the_rounded_kernel():
     x, kernel, mean, whitener, groups = low_precision(mean=100.0)
     folded, shift = ops.fold(kernel, None, mean, whitener, groups)
@@ -193,6 +194,7 @@ def test_in_bfloat16_the_bias_is_of_the_rounded_kernel():
     np.testing.assert_allclose(rows.mean(0) @ w + np.asarray(shift), 0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("devices")
 def test_the_product_is_formed_in_the_precision_of_the_statistics_and_rounded_once():
     _, kernel, mean, whitener, groups = low_precision(mean=0.0)
     folded, _ = ops.fold(kernel, None, mean, whitener, groups)
@@ -213,23 +215,46 @@ def test_the_folded_kernel_has_the_dtype_asked_for_and_the_bias_that_of_the_stat
     np.testing.assert_array_equal(shift, [-1, -1, -1])
 
 
-def test_every_product_runs_at_highest_precision():
-    groups = ops.column_groups(4, 9, 2)
-    args = (jnp.ones((3, 3, 4, 5)), jnp.ones(5), jnp.ones(groups.width), jnp.eye(groups.width))
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for leaf in jax.tree.leaves(eqn.params):
+            inner = getattr(leaf, "jaxpr", leaf)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
-    def equations(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn
-            for leaf in jax.tree.leaves(eqn.params):
-                inner = getattr(leaf, "jaxpr", leaf)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
+def traced(kernel_size, groups, channels=4):
+    """The operations of folding, by name."""
+    args = (
+        jnp.ones((*kernel_size, channels, 5)),
+        jnp.ones(5),
+        jnp.ones(groups.width),
+        jnp.eye(groups.width),
+    )
     jaxpr = jax.make_jaxpr(functools.partial(ops.fold, groups=groups))(*args).jaxpr
-    products = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
+    found = {}
+    for eqn in equations(jaxpr):
+        found.setdefault(eqn.primitive.name, []).append(eqn)
+    return found
+
+
+@pytest.mark.usefixtures("devices")
+def test_every_product_runs_at_highest_precision():
+    products = traced((3, 3), ops.column_groups(4, 9, 2))["dot_general"]
     assert len(products) == 2
     for eqn in products:
         assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
+
+
+def test_only_on_one_device_and_only_interleaved_groups_are_one_matrix(devices):
+    shapes = {
+        kind: [v.aval.shape for v in traced((3, 3), groups)["dot_general"][0].invars]
+        for kind in ("interleaved", "contiguous")
+        for groups in [ops.column_groups(4, 9, 2, kind=kind)]
+    }
+    assert (shapes["interleaved"] == [(18, 18), (18, 10)]) == (devices == 1)
+    assert sorted(map(len, shapes["contiguous"])) == [4, 6]
 
 
 @pytest.mark.usefixtures("devices")

@@ -84,39 +84,38 @@ def _fold(kernel, bias, mean, whitener, groups, dtype, precision):
     columns = groups.sets * groups.groups * groups.width
     taps = math.prod(kernel.shape[:-2])
     own_taps = taps if columns == kernel.shape[-2] * taps else 1
-    alone = groups.feature_groups == groups.sets == 1
-    product = _one_whitener if alone else _several_whiteners
+    product = _matrix if _is_one_matrix(kernel, groups, taps == own_taps) else _features_first
     folded, shift = product(kernel, mean, whitener, groups, dtype, precision, own_taps)
     return folded, -shift if bias is None else bias.astype(shift.dtype) - shift
 
 
-def _one_whitener(kernel, mean, whitener, groups, dtype, precision, own_taps):
-    """With features last, as kernels lie: the columns of a group by all else are a matrix, or a few."""
+def _is_one_matrix(kernel, groups, every_tap):
+    """Whether a kernel as it lies, features last, is a matrix of a group's positions by all else."""
+    one_whitener = groups.feature_groups == groups.sets == 1
+    interleaved = groups.kind == "interleaved" or groups.groups == 1
+    # Where features may be sharded they must not be merged with groups.
+    return one_whitener and interleaved and every_tap and on_one_device(kernel)
+
+
+def _matrix(kernel, mean, whitener, groups, dtype, precision, own_taps):
+    """On CPUs in about half the time, with 1x1 kernels in an eighth: rows move in runs of features."""
     channels, features = kernel.shape[-2:]
-    w = kernel.astype(whitener.dtype).reshape(-1, own_taps, channels, features)
-    interleaved = groups.kind == "interleaved"
-    inner = groups.groups if interleaved else 1
-    whole = (-1, groups.width, inner, features)
-    w = jnp.swapaxes(w, 1, 2).reshape(whole)
-    if on_one_device(kernel):
-        # As a matrix: on CPUs a sum over two axes costs twice. Where features may be sharded they stay alone.
-        w = w.reshape(-1, groups.width, inner * features)
-    d = whitener.reshape(groups.width, groups.width)
-    if w.shape[0] == 1:
-        w = jnp.tensordot(d, w[0], axes=1, precision=precision)
-    else:  # one product for each matrix, so that no result is transposed
-        d = jnp.broadcast_to(d, (w.shape[0], *d.shape))
-        w = jnp.einsum("tij,tj...->ti...", d, w, precision=precision)
-    w = w.reshape(whole)
-    rounded = w.astype(dtype)
-    mu = mean.reshape(groups.width)
-    shift = jnp.einsum("i,tigf->f", mu, rounded.astype(w.dtype), precision=lax.Precision.HIGHEST)
-    folded = jnp.swapaxes(rounded.reshape(-1, channels, own_taps, features), 1, 2)
+    w = kernel.astype(whitener.dtype).reshape(own_taps, channels, features)
+    w = jnp.swapaxes(w, 0, 1).reshape(groups.width, -1)
+    w = jnp.matmul(whitener.reshape(groups.width, groups.width), w, precision=precision)
+    w = w.astype(dtype)
+    shift = jnp.einsum(
+        "i,igf->f",
+        mean.reshape(groups.width),
+        w.astype(whitener.dtype).reshape(groups.width, groups.groups, features),
+        precision=lax.Precision.HIGHEST,
+    )
+    folded = jnp.swapaxes(w.reshape(channels, own_taps, features), 0, 1)
     return folded.reshape(kernel.shape), shift
 
 
-def _several_whiteners(kernel, mean, whitener, groups, dtype, precision, own_taps):
-    """With the columns last, for which the kernel is turned, and turned back."""
+def _features_first(kernel, mean, whitener, groups, dtype, precision, own_taps):
+    """In any other case: the kernel is turned so that columns come last, and back."""
     channels, features = kernel.shape[-2:]
     shared_taps = math.prod(kernel.shape[:-2]) // own_taps
     per_group = features // groups.feature_groups
