@@ -9,7 +9,7 @@ libraries' algorithms is a guess of the compiler's. What is counted are the oper
 become kernels or calls of a library, by part of a step; of a conditional, such as that of a stem that is
 frozen for a while, those of both branches, of a loop those of one pass. An H200 runs some more than are
 counted here, since libraries may make several of one call: 429 for 384 with batch norm, 1,091 for 959
-with `fast()`. One of the small ones takes 1 to 4 microseconds there, a product 4 to 23.
+with `fast()` as it was then. One of the small ones takes 1 to 4 microseconds there, a product 4 to 23.
 
 Needs jax with its CUDA plugin, flax and optax. Writes benchmarks/results/kernels_<name>.json.
 """
