@@ -10,6 +10,7 @@ import numpy_oracle as oracle
 import pytest
 from jax import lax
 from jax.test_util import check_grads
+from traced import products
 
 from netdeconv_jax import ops
 
@@ -215,43 +216,24 @@ def test_the_folded_kernel_has_the_dtype_asked_for_and_the_bias_that_of_the_stat
     np.testing.assert_array_equal(shift, [-1, -1, -1])
 
 
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for leaf in jax.tree.leaves(eqn.params):
-            inner = getattr(leaf, "jaxpr", leaf)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-def traced(kernel_size, groups, channels=4):
-    """The operations of folding, by name."""
-    args = (
-        jnp.ones((*kernel_size, channels, 5)),
-        jnp.ones(5),
-        jnp.ones(groups.width),
-        jnp.eye(groups.width),
-    )
-    jaxpr = jax.make_jaxpr(functools.partial(ops.fold, groups=groups))(*args).jaxpr
-    found = {}
-    for eqn in equations(jaxpr):
-        found.setdefault(eqn.primitive.name, []).append(eqn)
-    return found
+def products_of(groups):
+    """The products in folding a 3x3 kernel of 4 channels."""
+    args = (jnp.ones((3, 3, 4, 5)), jnp.ones(5), jnp.ones(groups.width), jnp.eye(groups.width))
+    return products(functools.partial(ops.fold, groups=groups), *args)
 
 
 @pytest.mark.usefixtures("devices")
 def test_every_product_runs_at_highest_precision():
-    products = traced((3, 3), ops.column_groups(4, 9, 2))["dot_general"]
-    assert len(products) == 2
-    for eqn in products:
+    found = products_of(ops.column_groups(4, 9, 2))
+    assert len(found) == 2
+    for eqn in found:
         assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
 
 
 def test_only_on_one_device_and_only_interleaved_groups_are_one_matrix(devices):
     shapes = {
-        kind: [v.aval.shape for v in traced((3, 3), groups)["dot_general"][0].invars]
+        kind: [v.aval.shape for v in products_of(ops.column_groups(4, 9, 2, kind=kind))[0].invars]
         for kind in ("interleaved", "contiguous")
-        for groups in [ops.column_groups(4, 9, 2, kind=kind)]
     }
     assert (shapes["interleaved"] == [(18, 18), (18, 10)]) == (devices == 1)
     assert sorted(map(len, shapes["contiguous"])) == [4, 6]

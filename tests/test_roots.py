@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.test_util import check_grads
+from traced import products
 
 from netdeconv_jax import ops
 
@@ -57,21 +58,6 @@ def textbook(a, num_iters):
 
 def relative_error(found, expected):
     return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
-
-
-def equations(jaxpr):
-    """All equations, those of inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for leaf in jax.tree.leaves(eqn.params):
-            inner = getattr(leaf, "jaxpr", leaf)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-def dots(function, *args):
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
 
 
 @pytest.mark.parametrize("num_iters", [1, 2, 3, 5, 8, 15])
@@ -128,7 +114,7 @@ def test_many_steps_reach_the_exact_root(x64):
 
 @pytest.mark.parametrize("num_iters", [1, 2, 5, 9])
 def test_k_steps_cost_3k_minus_3_products(num_iters):
-    found = dots(lambda a: ops.newton_schulz(a, num_iters=num_iters), jnp.eye(4))
+    found = products(lambda a: ops.newton_schulz(a, num_iters=num_iters), jnp.eye(4))
     assert len(found) == 3 * num_iters - 3
 
 
@@ -138,7 +124,7 @@ def test_every_product_runs_at_highest_precision_also_in_the_derivatives(method)
         return ops.inverse_sqrt(a, method=method).sum()
 
     for order, function in enumerate([root, jax.grad(root), jax.hessian(root)]):
-        found = dots(function, jnp.eye(4))
+        found = products(function, jnp.eye(4))
         assert len(found) >= [1, 3, 6][order]
         for eqn in found:
             assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2, order
