@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from netdeconv_jax.whitening import ChebyshevRidge, Eigh
 from train import config as configs
 from train import loop, whitening
 from train.data.resident import Resident
 from train.data.sources import Dataset, Examples
-from train.experiments import EXPERIMENTS, images, results
+from train.experiments import EXPERIMENTS, cifar, evidence, images, results
+from train.experiments import runner as runners
 from train.experiments.cell import Cell, Run, choose
 from train.experiments.pictures import Pictures
 from train.experiments.runner import Runner
@@ -231,7 +235,38 @@ def test_what_the_budget_stops_goes_on_where_it_was_and_ends_as_if_nothing_had_h
 def test_a_run_that_diverges_is_a_result(tmp_path):
     changes = SMALL | {"optimizer.learning_rate": 1e30, "loss": "l2"}
     assert runner(tmp_path).run([Run("x", Cell("one", 0.1, CONFIG, changes), 0)]) == 1
-    assert record(tmp_path)["status"] == "diverged"
+    found = record(tmp_path)
+    assert found["status"] == "diverged"
+    assert "is inf at step" in found["note"] or "not finite at step" in found["note"]
+
+
+def test_a_record_says_what_a_preset_came_to(tmp_path):
+    config = "configs/cifar10.py:linear,deconv"
+    changes = SMALL | {"whitening.preset": "fast", "epochs": 1, "whitening.num_iters": 4}
+    runner(tmp_path).run([Run("x", Cell("one", 0.1, config, changes), 0)])
+    spec = record(tmp_path)["spec"]
+    assert spec == repr(whitening.create(configs.load(config, changes).whitening))
+    assert "num_iters=4" in spec
+    assert "tol=" in spec
+
+
+def test_a_dataset_that_cannot_be_had_is_looked_for_once_and_its_cells_are_passed_over(
+    tmp_path, monkeypatch
+):
+    said = []
+    told = Runner(tmp_path / "records", tmp_path / "work", npz(tmp_path), said.append)
+    cells = [
+        Cell("lost", 0.1, "configs/mnist.py:mlp,none", SMALL),
+        Cell("again", 0.1, "configs/mnist.py:mlp,none", SMALL),
+        Cell("one", 0.1, CONFIG, SMALL),
+    ]
+    looked, load = [], runners.load_images
+    monkeypatch.setattr(runners, "load_images", lambda *args: looked.append(args[0]) or load(*args))
+    assert told.run([Run("x", cell, 0) for cell in cells]) == 1
+    assert record(tmp_path)["status"] == "done"
+    assert list(told.unreadable) == ["mnist"]
+    assert looked.count("mnist") == 1
+    assert sum("holds no prepared mnist" in line for line in said) == 2
 
 
 def known(seconds, cell="one", minutes=1.0, **more):
@@ -266,6 +301,26 @@ def test_a_budget_is_spent_on_the_cells_that_fit(tmp_path):
     slow = Recorded(tmp_path, tmp_path, "", print, [known(60.0, compile_seconds=50.0)])
     slow.run(runs, budget=55.0)  # what would hardly be compiled is not begun
     assert begun == []
+    measure = Run("x", Cell("long", 100.0, measure="tests.x:y"), 0)
+    assert told.run([measure], budget=60.0) == 0  # nor what could not go on the next time
+    assert begun == []
+
+
+def slow_measurement(load, seed):
+    """Send this process a Ctrl-C, and go on as if nothing had happened."""
+    del load, seed
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(100):
+        time.sleep(0.01)
+    return {}
+
+
+def test_a_signal_ends_a_measurement_at_once_and_nothing_is_recorded(tmp_path):
+    run = Run("x", Cell("one", 0.1, measure=f"{__name__}:slow_measurement"), 0)
+    with pytest.raises(Stopped) as stopped:
+        runner(tmp_path).run([run])
+    assert stopped.value.exit_status == 130
+    assert not list(tmp_path.rglob("one-seed0.json"))
 
 
 # ---- The command
@@ -311,10 +366,41 @@ def test_the_list_says_what_is_missing(tmp_path, capsys):
     assert "table1_epoch1      0/60" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["figure5"], ["figure4a", "--data_dir=/nowhere.npz"]])
-def test_a_mistake_is_one_line(arguments, tmp_path, capsys):
-    assert main([*arguments, f"--results={tmp_path}/r", f"--workdir={tmp_path}/w"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def told(tmp_path, capsys, *arguments):
+    status = main([*arguments, f"--results={tmp_path}/r", f"--workdir={tmp_path}/w"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return status, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure5"], "NAME must be one of"),
+        (["figure4a", "list"], "NAME must be one of"),
+        (["figure4a", "--seed=-1"], "`--seed` must be from 0 to 4294967295, got -1"),
+        (["report"], "`--results` has no record"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
+    status, error = told(tmp_path, capsys, *arguments)
+    assert status == 2
+    assert message in error
+
+
+def test_data_that_are_not_there_are_told_and_end_with_1(tmp_path, capsys):
+    status, error = told(tmp_path, capsys, "figure4a", "--data_dir=/nowhere.npz")
+    assert status == 1
+    assert "/nowhere.npz" in error
+
+
+def test_a_broken_record_is_told_by_every_command(tmp_path, capsys):
+    (tmp_path / "r/figure2").mkdir(parents=True)
+    (tmp_path / "r/figure2/cifar10-seed0.json").write_text("{")
+    for name in ("list", "report", "figure4a"):
+        status, error = told(tmp_path, capsys, name)
+        assert status == 2
+        assert "cifar10-seed0.json is no record of a run" in error
 
 
 # ---- The page
@@ -355,6 +441,7 @@ def test_the_page_says_first_what_does_not_hold(tmp_path):
     claims = [line for line in text.splitlines() if line.startswith("| Table 1")]
     assert "deconvolution beats batch norm | **does not hold**" in claims[0]
     assert "-8.0, 0 of 2 networks" in claims[0]
+    assert "The other way round: resnet18, pnasnet_a." in text
     assert "| resnet18 | batch norm | 60.50 (60.00 to 61.00) | 56.25 |  | +4.25 | 2 |" in text
     assert (tmp_path / "docs/images/reproduction/summary.png").is_file()
     assert (tmp_path / "docs/images/reproduction/table_1_1.png").is_file()
@@ -378,15 +465,15 @@ def speedruns(tmp_path, *runs):
 
 def test_a_speed_run_of_one_seed_is_no_proof(tmp_path):
     verdict, _ = speedruns(tmp_path, ("airbench-deconv-epochs8", 0, 0.9401))
-    assert (verdict.holds, verdict.seeds) == ("in part", "1")
+    assert (verdict.holds, verdict.seeds) == ("undecided", "1")
     assert "One seed" in verdict.why
     verdict, _ = speedruns(tmp_path, ("airbench-deconv-epochs8", 1, 0.9403))
-    assert (verdict.holds, verdict.ours) == ("yes", "94.02 in 8 epochs, airbench")
+    assert (verdict.holds, verdict.ours) == ("yes", "94.02% in 8 epochs, airbench")
 
 
 def test_a_speed_run_fails_only_when_all_have_run(tmp_path):
     verdict, _ = speedruns(tmp_path, ("airbench-deconv-epochs6", 0, 0.91))
-    assert verdict.holds == "in part"
+    assert verdict.holds == "undecided"
     cells = [cell.name for cell in EXPERIMENTS["speedrun"].cells]
     verdict, _ = speedruns(tmp_path, *((name, 0, 0.93) for name in cells))
     assert verdict.holds == "no"
@@ -431,7 +518,8 @@ def raced(tmp_path, **cells):
         path.write_text(json.dumps(record))
     experiment = EXPERIMENTS["race"]
     found = results.read(tmp_path, experiment)
-    return *experiment.judge(found), experiment.tell(found, Pictures(tmp_path / "page.md"))
+    *lines, _, _ = experiment.tell(found, Pictures(tmp_path / "page.md"))
+    return *experiment.judge(found), lines
 
 
 def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
@@ -440,7 +528,7 @@ def test_the_race_is_timed_by_steps_until_the_first_epoch_at_the_mark(tmp_path):
     )
     assert (seconds.holds, seconds.ours) == ("yes", "6 s against 12 s")
     assert (seconds.difference, seconds.seeds) == ("0.50 of batch norm's", "1 and 1")
-    assert (accuracy.holds, accuracy.ours) == ("no", "90.00 against 93.00")
+    assert (accuracy.holds, accuracy.ours) == ("no", "90.00% against 93.00%")
     assert picture.endswith("(images/reproduction/race.png)")
     assert (tmp_path / "images/reproduction/race.png").stat().st_size > 10_000
     assert [row.count("not reached") for row in table[2:]] == [0, 0, 1]
@@ -471,7 +559,8 @@ def test_who_never_gets_there_has_lost_the_race(tmp_path):
 
 def test_a_page_of_nothing_claims_nothing(tmp_path):
     text = page(tmp_path, tmp_path)
-    assert "Of 0 claims" in text
+    assert "that were tested" not in text
+    assert text.count("Not run yet: ") == 2
     assert all(f"`{name}`" in text for name in EXPERIMENTS)
 
 
@@ -480,11 +569,86 @@ def test_the_page_in_the_repository_is_that_of_its_records(tmp_path):
     assert text == (ROOT / "docs/reproduction.md").read_text()
 
 
-def test_a_broken_record_is_named(tmp_path):
-    (tmp_path / "figure2").mkdir()
-    (tmp_path / "figure2/cifar10-seed0.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cifar10-seed0\.json is no record"):
-        results.read(tmp_path, EXPERIMENTS["figure2"])
+def test_a_record_of_another_run_than_its_name_says_is_refused(tmp_path):
+    written(tmp_path, "ablation", "full", 0, 0.5)
+    path = tmp_path / "ablation/full-seed0.json"
+    path.rename(tmp_path / "ablation/full-seed9.json")  # would count as another seed
+    with pytest.raises(
+        ValueError, match=r"full-seed9\.json is no record .* holds ablation/full-seed0"
+    ):
+        results.read(tmp_path, EXPERIMENTS["ablation"])
+    content = json.loads((tmp_path / "ablation/full-seed9.json").read_text()) | {"seed": 9}
+    (tmp_path / "ablation/full-seed9.json").write_text(json.dumps(content))
+    assert [r["seed"] for r in results.read(tmp_path, EXPERIMENTS["ablation"])["full"]] == [9]
+    del content["status"]
+    (tmp_path / "ablation/full-seed9.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="it has no status"):
+        results.read(tmp_path, EXPERIMENTS["ablation"])
+
+
+def test_notes_of_records_are_on_the_page_and_seeds_beyond_the_plan_are_counted_apart(tmp_path):
+    for seed in (0, 1, 7):
+        written(tmp_path, "ablation", "full", seed, 0.5)
+    path = tmp_path / "ablation/full-seed7.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "Run by hand."}))
+    text = page(tmp_path, tmp_path)
+    assert "- `full`: Run by hand." in text
+    assert "2 of 93 runs and 1 with other seeds" in text
+
+
+# ---- When a difference counts
+
+
+def test_a_difference_counts_by_students_t_with_the_variance_of_all_conditions():
+    """Against SciPy's own test of two samples, and its quantiles where a third condition lends its seeds."""
+    one, other, third = [70.0, 71.0, 69.5], [68.1, 69.0, 67.9], [50.0, 52.0]
+    noise = evidence.noise([one, other])
+    gap = np.mean(one) - np.mean(other)
+    tested: Any = stats.ttest_ind(one, other)
+    counts = evidence.least(noise, 3, 3)
+    assert (gap > counts) == (tested.pvalue < 0.05)
+    assert gap / counts * stats.t.ppf(0.975, 4) == pytest.approx(tested.statistic)
+    pooled = evidence.noise([one, other, third])
+    assert pooled is not None
+    assert pooled.freedom == 5
+    squares = sum(np.sum((np.array(v) - np.mean(v)) ** 2) for v in (one, other, third))
+    assert pooled.deviation == pytest.approx(math.sqrt(squares / 5))
+    expected = stats.t.ppf(0.975, 5) * pooled.deviation * math.sqrt(1 + 1 / 3)
+    assert evidence.least(pooled, 1, 3) == pytest.approx(expected)
+
+
+def test_one_seed_is_decided_by_the_seeds_of_others_and_nothing_without_any():
+    noise = evidence.noise([[70.0, 71.0, 70.5], [60.0]])
+    assert evidence.better([60.0], [70.0, 71.0, 70.5], noise) == "no"
+    assert evidence.better([70.0, 71.0, 70.5], [60.0], noise) == "yes"
+    assert evidence.better([70.0], [70.5], noise) == "undecided"
+    assert evidence.noise([[70.0], [60.0]]) is None
+    assert evidence.better([99.0], [1.0], None) == "undecided"
+
+
+def test_what_the_first_epoch_borrows_is_what_the_ablation_has():
+    found = results.read(ROOT / "benchmarks/results", EXPERIMENTS["ablation"])
+    noise = evidence.noise([cifar.accuracies(runs) for runs in found.values()])
+    assert noise is not None
+    assert noise.deviation == pytest.approx(cifar.ABLATION_NOISE.deviation, rel=0.15)
+    assert noise.freedom >= cifar.ABLATION_NOISE.freedom
+
+
+def test_an_ablation_is_judged_by_all_its_seeds(tmp_path):
+    for seed, (full, few) in enumerate([(0.670, 0.755), (0.665, 0.760), (0.685, 0.750)]):
+        written(tmp_path, "ablation", "full", seed, full)
+        written(tmp_path, "ablation", "iterations3", seed, few)
+    written(tmp_path, "ablation", "detached", 0, 0.66)
+    written(tmp_path, "ablation", "channel", 0, 0.60)
+    experiment = EXPERIMENTS["ablation"]
+    verdicts = {v.claim: v for v in experiment.judge(results.read(tmp_path, experiment))}
+    assert verdicts["Ablation: five iterations are better than three"].holds == "no"
+    unsure = verdicts["Ablation: the gradient through the whitener helps"]
+    assert unsure.holds == "undecided"
+    assert "points would count" in unsure.why
+    sure = verdicts["Ablation: full deconvolution is better than channel deconvolution"]
+    assert (sure.holds, sure.ours, sure.seeds) == ("yes", "67.33% against 60.00%", "3 and 1")
+    assert verdicts["Ablation: deconvolution is better than batch norm"].holds == "not run"
 
 
 def test_images_survive_their_packing():

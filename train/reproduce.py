@@ -1,18 +1,19 @@
 r"""The paper, reproduced: every figure and table, one command each.
 
   python -m train.reproduce list
-  python -m train.reproduce figure4 --data_dir=DIR
+  python -m train.reproduce 'figure4*' --data_dir=DIR
   python -m train.reproduce all --budget=30m --device=gpu --data_dir=DIR
   python -m train.reproduce 'ablation/block*' --seed=3 --data_dir=DIR
   python -m train.reproduce report
 
 NAME is an experiment, or one of its cells as experiment/cell; * and ? stand for anything. What is recorded
-already is left out; what was stopped is resumed; small cells come first. A budget takes the cells that fit
-and hands what does not to the next command. `report` makes docs/reproduction.md and its pictures from
-the records alone.
+already is left out; what was stopped is resumed, but for measurements (figures 2, 3 and 9, and `rows`),
+which begin anew; small cells come first. A budget takes the cells that fit and hands what does not to the
+next command. `report` makes docs/reproduction.md and its pictures from the records alone.
 
 Exit status: 0; 143 and 130 after SIGTERM and Ctrl-C, with everything on disk: run the same command again; 1
-for data that cannot be read; 2 for a mistake in the command.
+if a dataset could not be read, whose cells were passed over, or a file not written; 2 for a mistake in the
+command.
 """
 
 import argparse
@@ -34,62 +35,84 @@ def main(argv: list[str]) -> int:
     from train.experiments.cell import choose
 
     folder = Path(arguments.results)
-    known = {name: results.read(folder, one) for name, one in EXPERIMENTS.items()}
     try:
+        known = {name: results.read(folder, one) for name, one in EXPERIMENTS.items()}
         if [name.lower() for name in arguments.names] == ["list"]:
-            return _list(EXPERIMENTS, known)
-        if arguments.names == ["report"]:
+            return _list(arguments, EXPERIMENTS, known)
+        if [name.lower() for name in arguments.names] == ["report"]:
+            if not any(known.values()):
+                raise ValueError(f"`--results` has no record: {folder}")
             from train.reproduction_page import write_page
 
             write_page(Path(PAGE), EXPERIMENTS, known)
             _say(f"{PAGE} is written")
             return 0
         runs = choose(arguments.names, EXPERIMENTS, arguments.seed)
-        missing = [r for r in runs if arguments.again or not results.path(folder, r).is_file()]
-        return _run(
-            arguments,
-            missing,
-            len(runs),
-            [r for e in known.values() for s in e.values() for r in s],
-        )
-    except (ValueError, TypeError) as error:
+        _use(arguments)
+    except ValueError as error:
         print(f"reproduce: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    recorded = [r for r in runs if results.path(folder, r).is_file()]
+    _say(f"{len(recorded)} of {len(runs)} cells are recorded in {folder}")
+    try:
+        return _run(
+            arguments, runs if arguments.again else [r for r in runs if r not in recorded], known
+        )
     except OSError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
 
 
-def _run(arguments, missing, count, known) -> int:
+def _use(arguments) -> None:
+    """Choose the device and where what is compiled is kept."""
     import jax
     from absl import logging
 
-    from train.experiments.runner import Runner, use_device
-    from train.stopping import Stopped
+    from train.experiments.runner import use_device
 
     logging.set_verbosity(logging.WARNING)
     use_device(arguments.device)
     if arguments.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = str(Path(arguments.compilation_cache).expanduser())
         jax.config.update("jax_compilation_cache_dir", cache)
-    folder, workdir = Path(arguments.results), Path(arguments.workdir)
-    _say(f"{count - len(missing)} of {count} cells are recorded in {folder}")
-    runner = Runner(folder, workdir, arguments.data_dir, _say, known)
+
+
+def _run(arguments, runs, known) -> int:
+    from train.stopping import Stopped
+
+    runner = _runner(arguments, known)
     try:
-        done = runner.run(missing, arguments.budget)
+        done = runner.run(runs, arguments.budget)
     except Stopped as stopped:
         _say("stopped; the same command goes on from there")
         return stopped.exit_status
-    _say(f"{done} cells done, {len(missing) - done} left")
-    return 0
+    _say(f"{done} cells done, {len(runs) - done} left")
+    for why in runner.unreadable.values():
+        print(f"reproduce: {why}", file=sys.stderr)
+    return 1 if runner.unreadable else 0
 
 
-def _list(experiments, known) -> int:
+def _runner(arguments, known):
+    from train.experiments.runner import Runner
+
+    records = [r for found in known.values() for runs in found.values() for r in runs]
+    return Runner(
+        Path(arguments.results), Path(arguments.workdir), arguments.data_dir, _say, records
+    )
+
+
+def _list(arguments, experiments, known) -> int:
+    """Say of each experiment how much is left, by what its cells take on this device if that is known."""
+    runner = _runner(arguments, known)
     for name, one in experiments.items():
         runs = one.runs()
         have = {(cell, r["seed"]) for cell, rows in known[name].items() for r in rows}
         left = [run for run in runs if (run.cell.name, run.seed) not in have]
-        minutes = sum(run.cell.minutes for run in left)
+        seconds = [runner.estimate(run) for run in left]
+        minutes = sum(
+            run.cell.minutes if one is None else one / 60
+            for run, one in zip(left, seconds, strict=True)
+        )
         _say(
             f"{name:16} {len(runs) - len(left):3}/{len(runs):<3} {minutes:7.0f} min left   {one.shows}"
         )
@@ -103,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("names", nargs="+", metavar="NAME", help="experiments or cells; all, list, report")
+    add("names", nargs="+", metavar="NAME", help="experiments or cells; all; list or report alone")
     add("--data_dir", default="", help="folder of prepared datasets or of <dataset>.npz files")
     add(
         "--budget",

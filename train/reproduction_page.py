@@ -14,12 +14,22 @@ from train.experiments import sweeps
 from train.experiments.cell import Experiment, Results, Verdict
 from train.experiments.cifar import accuracies
 from train.experiments.pictures import Pictures, draw_dots, draw_losses
-from train.experiments.published import FINAL
-from train.experiments.tables import table
+from train.experiments.published import FINAL, WITHOUT
+from train.experiments.tables import counted, device, listed, table
 
 # A claim that does not hold is said first.
-ORDER = ("no", "in part", "yes", "not run")
-MARKS = {"no": "**does not hold**", "in part": "in part", "yes": "holds", "not run": "not run"}
+ORDER = ("no", "in part", "undecided", "yes", "not run")
+MARKS = {
+    "no": "**does not hold**",
+    "in part": "in part",
+    "undecided": "undecided",
+    "yes": "holds",
+    "not run": "not run",
+}
+RULE = """A difference between two conditions counts if chance alone would exceed it in one of twenty cases:
+Student's t with the variance of seeds, pooled over the conditions of an experiment
+(`train/experiments/evidence.py`). *In part*: true of a part of what is claimed, or nearly. *Undecided*: too
+few runs, or nothing to compare with. n: seeds. Why each verdict is what it is stands in its section below."""
 
 HEAD = """# The paper, reproduced
 
@@ -66,7 +76,7 @@ def write_page(
             f"{one.shows[0].upper()}{one.shows[1:]}. {_state(one, found[name])}",
             "",
         ]
-        lines += [*one.tell(found[name], draw), ""]
+        lines += [*one.tell(found[name], draw), "", *_notes(found[name])]
         lines += [
             f"- {v.claim}: {_sentences(MARKS[v.holds], v.ours, v.why)}" for v in verdicts[name]
         ]
@@ -74,25 +84,52 @@ def write_page(
     missing = [f"- `{name}`: {one.shows}" for name, one in experiments.items() if not found[name]]
     if missing:
         lines += ["## Not run yet", "", *missing, ""]
+    lines += ["## What of the paper has no experiment here", "", *_without(), ""]
     page.write_text("\n".join([*lines, TAIL]))
 
 
 def _verdicts(verdicts: list[Verdict]) -> list[str]:
-    shown = sorted(
-        (v for v in verdicts if v.holds != "not run"), key=lambda v: ORDER.index(v.holds)
-    )
-    counts = [
-        f"{MARKS[kind].strip('*')} {sum(v.holds == kind for v in shown)}" for kind in ORDER[:-1]
+    lines = []
+    for title, own in (
+        ("What the paper claims", False),
+        ("What has never been published: ablations, and goals of ours", True),
+    ):
+        group = [v for v in verdicts if v.own == own]
+        shown = sorted(
+            (v for v in group if v.holds != "not run"), key=lambda v: ORDER.index(v.holds)
+        )
+        counts = [
+            f"{MARKS[kind].strip('*')} {number}"
+            for kind in ORDER[:-1]
+            if (number := sum(v.holds == kind for v in shown))
+        ]
+        left = len(group) - len(shown)
+        tested = f"Of {len(shown)} that were tested: {', '.join(counts)}." if shown else ""
+        waiting = f"Not run yet: {left}." if left else ""
+        rows = [
+            [v.claim, MARKS[v.holds], v.published, v.ours, v.difference, v.seeds] for v in shown
+        ]
+        heads = ["claim", "verdict", "published", "ours", "difference", "n"]
+        lines += [f"**{title}.** {tested} {waiting}".strip(), ""]
+        lines += [*table(heads, rows), ""] if rows else []
+    return [*lines, RULE]
+
+
+def _notes(found: Results) -> list[str]:
+    """What was written into records afterwards, each note once."""
+    notes: dict[str, list[str]] = {}
+    for cell, runs in found.items():
+        for run in runs:
+            if "note" in run and cell not in notes.setdefault(run["note"], []):
+                notes[run["note"]].append(cell)
+    lines = [
+        f"- {', '.join(f'`{cell}`' for cell in cells)}: {note}" for note, cells in notes.items()
     ]
-    heads = ["claim", "", "published", "ours", "difference", "seeds"]
-    rows = [[v.claim, MARKS[v.holds], v.published, v.ours, v.difference, v.seeds] for v in shown]
-    left = len(verdicts) - len(shown)
-    return [
-        f"Of {len(shown)} claims that were tested: {', '.join(counts)}."
-        + (f" Not tested yet: {left}." if left else ""),
-        "",
-        *table(heads, rows),
-    ]
+    return ["Notes in the records:", "", *lines, ""] if lines else []
+
+
+def _without() -> list[str]:
+    return table(["", "published", "instead"], WITHOUT)
 
 
 def _sentences(*parts: str) -> str:
@@ -105,9 +142,14 @@ def _state(experiment: Experiment, found: Results) -> str:
     devices, dates = {r["device"] for r in records}, {r["date"] for r in records}
     versions = {r["versions"]["jax"] for r in records}
     hours = sum(r["seconds"] for r in records) / 3600
-    cost = f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(60 * hours)} minutes"
+    cost = f"{hours:.1f} hours" if hours >= 1 else counted(math.ceil(60 * hours), "minute")
+    planned = {(run.cell.name, run.seed) for run in experiment.runs()}
+    have = {(r["cell"], r["seed"]) for r in records}
+    more = len(have - planned)
+    others = f" and {more} with other seeds" if more else ""
+    where = listed(map(device, devices))
     return (
-        f"{len(records)} of {len(experiment.runs())} runs, {cost} on {' and '.join(sorted(devices))}, "
+        f"{len(have & planned)} of {len(planned)} runs{others}, {cost} on {where}, "
         f"jax {', '.join(sorted(versions))}, {max(dates)}."
     )
 
@@ -139,7 +181,8 @@ def _picture(page: Path, found: Mapping[str, Results]) -> str | None:
         )
     if dots:
         draw_dots(axes[-1], dots, "test accuracy, %")
-        axes[-1].set_title("CIFAR-10 after one epoch", fontsize=10, color=INK, loc="left")
+        title = "CIFAR-10 after one epoch"
+        axes[-1].set_title(title, fontsize=10, color=INK, loc="left", pad=20)
     path = page.parent / "images" / "reproduction" / "summary.png"
     FigureCanvasAgg(figure).print_png(path)
     what = "What tells most: losses of one layer by iteration, accuracies after an epoch"

@@ -1,8 +1,10 @@
 """SIGTERM and Ctrl-C: a request to stop after the step that is running, on all processes at once."""
 
+import contextlib
 import os
 import signal
 import types
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -26,6 +28,7 @@ class Stop:
 
     def __init__(self):
         self._got: int | None = None
+        self._at_once = False
 
     def __enter__(self) -> "Stop":
         # Of many processes each leaves SIGTERM to JAX, which tells the others.
@@ -43,6 +46,17 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._got = number
+        if self._at_once:
+            raise Stopped(0, number)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While it is entered, the first signal raises `Stopped` wherever the main thread is."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def noted(self) -> int | None:
         """Return the signal that this process has noted; of many processes each leaves that to JAX."""

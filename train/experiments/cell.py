@@ -58,11 +58,13 @@ class Verdict:
     """What became of one claim.
 
     Attributes:
-      claim: in the paper's sense, a short sentence.
-      holds: "yes", "in part", "no" or "not run".
+      claim: a short sentence, in the paper's sense where it is the paper's.
+      holds: "yes"; "in part", true of a part of what is claimed; "undecided", too few runs to tell from
+        chance, or nothing to compare with; "no"; or "not run".
       published, ours, difference: figures as text; "" where there are none.
       seeds: how many runs stand behind a figure.
       why: what a reader should know of it, a sentence or two.
+      own: the paper does not claim it.
     """
 
     claim: str
@@ -72,6 +74,7 @@ class Verdict:
     difference: str = ""
     seeds: str = ""
     why: str = ""
+    own: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +117,10 @@ def choose(
       experiments: by name.
       seed: in place of the cells' own seeds.
     Raises:
-      ValueError: a name that no cell has.
+      ValueError: a name that no cell has, or a seed out of range.
     """
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"`--seed` must be from 0 to 4294967295, got {seed}.")
     chosen: dict[str, Run] = {}
     for name in names:
         experiment, _, cell = ("*" if name == "all" else name).partition("/")
@@ -128,7 +133,8 @@ def choose(
         ]
         if not found:
             raise ValueError(
-                f"NAME must be one of {tuple(experiments)}, with /CELL or without, or `all`; got {name!r}."
+                f"NAME must be one of {tuple(experiments)}, with /CELL or without, or `all`, or alone `list` "
+                f"or `report`; got {name!r}."
             )
         chosen |= {str(run): run for run in found}
     return list(chosen.values())

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.experiments import evidence
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
 from train.experiments.published import FINAL, PREPRINT, REPLICATED
-from train.experiments.tables import mean_range, table
+from train.experiments.tables import counted, device, listed, mean_range, table
 
 IN_PYTORCH = (
     Path(__file__).parents[2] / "benchmarks" / "results" / "torch_batch_norm.json"
@@ -22,6 +23,11 @@ CLOSE = {
     1: 5.0,
     20: 0.5,
 }  # percent: as near to a published figure of one run as one may hope, by epochs
+# Of ResNet-18 of width 16 after 2 epochs, as the records of `ablation` have it; for runs of one epoch until
+# these have seeds enough of their own.
+ABLATION_NOISE = evidence.Noise(1.13, 13)
+LENDERS = {1: "the ablation below", 20: "the replication study"}
+ENOUGH = 4  # degrees of freedom
 # Minutes of an epoch on two cores with batch norm and with deconvolution: by multiply-adds, from ResNet-18's;
 # those with depthwise convolutions by a step, EfficientNet's by its runs.
 MINUTES = {
@@ -71,72 +77,112 @@ def _judge(
     results: Results, *, published: Mapping[str, Any], epochs: int, name: str
 ) -> list[Verdict]:
     found = {network: _found(results, network) for network in published}
-    both = {n: cells for n, cells in found.items() if {"batch", "deconv"} <= set(cells)}
-    claim = (
-        f"{name}, {epochs} {'epoch' if epochs == 1 else 'epochs'}: deconvolution beats batch norm"
-    )
-    if not both:
-        return [Verdict(claim, "not run")]
-    gains = {
-        n: statistics.fmean(c["deconv"]) - statistics.fmean(c["batch"]) for n, c in both.items()
-    }
-    theirs = [published[n][epochs]["deconv"] - published[n][epochs]["batch"] for n in both]
-    won = sum(gain > 0 for gain in gains.values())
-    lost = ", ".join(n for n, gain in gains.items() if gain <= 0)
-    gain, their = statistics.fmean(gains.values()), statistics.fmean(theirs)
-    seeds = seed_counts(both)
+    after = f"{name}, {counted(epochs, 'epoch')}"
+    every = [values for cells in found.values() for values in cells.values()]
     verdicts = [
-        Verdict(
-            claim,
-            "yes" if won == len(both) else "no" if won == 0 else "in part",
-            f"{their:+.1f} on average",
-            f"{gain:+.1f}, {won} of {len(both)} networks",
-            f"{gain - their:+.1f}",
-            seeds,
-            f"Of {len(published)} networks {len(both)} are run."
-            + (f" Not in {lost}." if lost else ""),
-        )
+        _beats(found, published, epochs, "batch", f"{after}: deconvolution beats batch norm", every)
     ]
-    channel = {n: c for n, c in both.items() if "channel" in c}
-    if channel:
-        between = [
-            n
-            for n, c in channel.items()
-            if statistics.fmean(c["channel"]) < statistics.fmean(c["deconv"])
-        ]
-        verdicts.append(
-            Verdict(
-                f"{name}: full deconvolution beats channel deconvolution",
-                "yes" if len(between) == len(channel) else "no" if not between else "in part",
-                "3 of 3 networks",
-                f"{len(between)} of {len(channel)}",
-                "",
-                seed_counts(channel),
-            )
-        )
-    off = [
-        statistics.fmean(values) - published[n][epochs][norm]
+    if any("channel" in columns[epochs] for columns in published.values()):
+        claim = f"{after}: full deconvolution beats channel deconvolution"
+        verdicts.append(_beats(found, published, epochs, "channel", claim, every))
+    return [*verdicts, _reached(found, published, epochs, after)]
+
+
+def _beats(
+    found: Mapping[str, Mapping[str, list[float]]],
+    published: Mapping[str, Any],
+    epochs: int,
+    other: str,
+    claim: str,
+    every: Sequence[Sequence[float]],
+) -> Verdict:
+    """Judge deconvolution against another norm over all networks that have both."""
+    both = {n: cells for n, cells in found.items() if {other, "deconv"} <= set(cells)}
+    all_theirs = [c[epochs]["deconv"] - c[epochs][other] for c in published.values()]
+    if not both:
+        return Verdict(claim, "not run", f"{statistics.fmean(all_theirs):+.1f} on average")
+    noise = evidence.noise(every)
+    borrowed = noise is None or noise.freedom < ENOUGH
+    said = {
+        n: evidence.better(c["deconv"], c[other], _borrowed(n, epochs) if borrowed else noise)
+        for n, c in both.items()
+    }
+    gains = {n: statistics.fmean(c["deconv"]) - statistics.fmean(c[other]) for n, c in both.items()}
+    theirs = {n: published[n][epochs]["deconv"] - published[n][epochs][other] for n in both}
+    gain, their = statistics.fmean(gains.values()), statistics.fmean(theirs.values())
+    won = sum(holds == "yes" for holds in said.values())
+    lost = [n for n, holds in said.items() if holds == "no"]
+    open_ = [n for n, holds in said.items() if holds == "undecided"]
+    if won:
+        holds = "yes" if won == len(published) else "in part"
+    else:
+        holds = "no" if lost and not open_ else "undecided"
+    return Verdict(
+        claim,
+        holds,
+        f"{their:+.1f} on average",
+        f"{gain:+.1f}, {won} of {counted(len(both), 'network')}",
+        f"{gain - their:+.1f}",
+        seed_counts({n: {k: c[k] for k in (other, "deconv")} for n, c in both.items()}),
+        f"Of {len(published)} networks {len(both)} {'is' if len(both) == 1 else 'are'} run: "
+        + ", ".join(f"{n} {gains[n]:+.1f} (published {theirs[n]:+.1f})" for n in both)
+        + "."
+        + (f" The other way round: {', '.join(lost)}." if lost else "")
+        + (f" {evidence.UNDECIDED}: {', '.join(open_)}." if open_ else "")
+        + (f" How much seeds differ is taken from {LENDERS[epochs]}." if borrowed else ""),
+    )
+
+
+def _borrowed(network: str, epochs: int) -> evidence.Noise | None:
+    if epochs == 1:
+        return ABLATION_NOISE
+    return evidence.noise(REPLICATED.get(network, {}).values())
+
+
+def _reached(
+    found: Mapping[str, Mapping[str, list[float]]],
+    published: Mapping[str, Any],
+    epochs: int,
+    after: str,
+) -> Verdict:
+    """Judge whether the published accuracies themselves are reached; of one run each, so within a margin."""
+    claim, margin = f"{after}: the published accuracies are reached", CLOSE[epochs]
+    off = {
+        f"{n} {NORMS[norm]}": statistics.fmean(values) - published[n][epochs][norm]
         for n, cells in found.items()
         for norm, values in cells.items()
         if norm in published[n][epochs]
-    ]
-    near = sum(abs(value) <= CLOSE[epochs] for value in off)
-    verdicts.append(
-        Verdict(
-            f"{name}, {epochs} {'epoch' if epochs == 1 else 'epochs'}: the published accuracies are reached",
-            "yes"
-            if min(off) > -CLOSE[epochs]
-            else "no"
-            if max(off) < -CLOSE[epochs]
-            else "in part",
-            "one run each",
-            f"{near} of {len(off)} within {CLOSE[epochs]:g} points",
-            f"{min(off):+.1f} to {max(off):+.1f}",
-            seeds,
-            f"{sum(value > CLOSE[epochs] for value in off)} are better by more than that.",
-        )
+    }
+    if not off:
+        return Verdict(claim, "not run", "one run each")
+    short = {name: gap for name, gap in off.items() if gap < -margin}
+    planned = sum(len(columns[epochs]) for columns in published.values())
+    holds = (
+        "no"
+        if len(short) == len(off)
+        else "yes"
+        if not short and len(off) == planned
+        else "in part"
     )
-    return verdicts
+    return Verdict(
+        claim,
+        holds,
+        "one run each",
+        f"{sum(abs(gap) <= margin for gap in off.values())} of {len(off)} within {margin:g} points",
+        f"{min(off.values()):+.1f} to {max(off.values()):+.1f}",
+        seed_counts(found),
+        f"{planned - len(off)} of {planned} are not run."
+        + (
+            f" Short of it: {', '.join(f'{n} {g:+.1f}' for n, g in short.items())}."
+            if short
+            else ""
+        )
+        + (
+            " PyTorch misses ResNet-18's with batch norm too (below the table)."
+            if epochs == 1 and "resnet18 batch norm" in short
+            else ""
+        ),
+    )
 
 
 def seed_counts(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -200,9 +246,9 @@ def _in_pytorch() -> list[str]:
 
 def cost(runs: Sequence[Result]) -> str:
     """Return the median seconds of a run, and on what."""
-    devices = {run["device"] for run in runs}
+    devices = {device(run["device"]) for run in runs}
     seconds = statistics.median(run["seconds"] for run in runs)
-    return f"{seconds:.0f} ({', '.join(sorted(devices))})"
+    return f"{seconds:.0f} ({listed(devices)})"
 
 
 def _column(

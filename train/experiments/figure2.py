@@ -3,10 +3,14 @@
 from typing import Any
 
 from train.experiments.cell import Experiment, Results, Verdict
-from train.experiments.measurement import DATASETS, counted, figures_of, on_each_dataset
-from train.experiments.tables import bars, table
+from train.experiments.measurement import DATASETS, figures_of, on_each_dataset
+from train.experiments.tables import bars, counted, table
 
 ROOTS = ("5 iterations", "15 iterations", "exact root")
+VGG = (
+    "15 iterations"  # of the stem of VGG, whose first layer the paper shows; other layers have five
+)
+LEFT = 0.02  # of mean absolute correlation is none
 
 
 def _judge_covariance(results: Results) -> list[Verdict]:
@@ -16,12 +20,13 @@ def _judge_covariance(results: Results) -> list[Verdict]:
         "Figure 2: whitening leaves no correlation",
     )
     if not found:
-        return [Verdict(claim, "not run") for claim in claims]
+        return [Verdict(claim, "not run", "a picture") for claim in claims]
     before = [states["before"] for states in found.values()]
     holds = [s["pixels"] > s["across"] for s in before]
     names = ", ".join(DATASETS[name] for name in found)
+    after = [s[VGG] for s in found.values()]
     five = [s["5 iterations"] for s in found.values()]
-    far = max(s["correlation"] for s in five)
+    gone = [s["correlation"] < LEFT for s in after]
     return [
         Verdict(
             claims[0],
@@ -35,16 +40,18 @@ def _judge_covariance(results: Results) -> list[Verdict]:
         ),
         Verdict(
             claims[1],
-            "yes" if far < 0.02 else "in part",
+            "yes" if all(gone) else "in part" if any(gone) else "no",
             "a picture",
             ", ".join(
                 f"{a['correlation']:.2f} to {b['correlation']:.3f}"
-                for a, b in zip(before, five, strict=True)
+                for a, b in zip(before, after, strict=True)
             ),
             "",
             counted(len(found), "dataset"),
-            "Mean absolute correlation before and after five iterations. They shrink the covariance's "
-            f"condition from {bars([s['condition'] for s in before], '{:.0f}')} to "
+            "Mean absolute correlation before and after fifteen iterations, as the stem of VGG has them, "
+            f"{LEFT} taken for none. Five, as all other layers have, leave "
+            f"{bars([s['correlation'] for s in five], '{:.3f}')}, and shrink the covariance's condition from "
+            f"{bars([s['condition'] for s in before], '{:.0f}')} to "
             f"{bars([s['condition'] for s in five], '{:.0f}')}; the exact root takes it to 1.",
         ),
     ]

@@ -12,15 +12,15 @@ from typing import Any
 from train.experiments import figure4_claims
 from train.experiments.cell import SEEDS, Cell, Experiment, Results
 from train.experiments.figure4_claims import EARLY
-from train.experiments.sweeps import NORMS, best, loss_at, rate, stable
-from train.experiments.tables import mean_range, table
+from train.experiments.sweeps import NORMS, best, largest_tried, loss_at, rate, stable
+from train.experiments.tables import counted, mean_range, table
 
 SMALL = (0.001, 0.003, 0.01, 0.03, 0.1)
 SQUARED = dict.fromkeys(("none", "batch", "channel"), SMALL) | {"deconv": (0.1, 0.3, 1.0)}
 LOGISTIC = dict.fromkeys(("none", "batch", "channel"), (*SMALL, 0.3)) | {
     "deconv": (0.3, 1.0, 3.0, 10.0)
 }
-MLP = dict.fromkeys(NORMS, (0.1, 0.3, 1.0))
+MLP = dict.fromkeys(NORMS, (0.1, 0.3, 1.0, 3.0))
 
 
 def _cells(file: str, network: str, rates: dict[str, tuple[float, ...]], **changes: Any):
@@ -46,13 +46,13 @@ _ONE_LAYER = {"epochs": 2, "optimizer.momentum": 0.0}
 _OPTIMUM = Cell("optimum", 0.5, measure="train.experiments.one_step:measure", seeds=(0,))
 
 
-def _rows(chosen, largest):
+def _rows(chosen, largest, tried):
     for norm, runs in chosen.items():
         last = [100 * run["epochs"][-1]["test_accuracy"] for run in runs]
         yield [
             NORMS[norm],
             f"{rate(runs):g}",
-            f"{largest[norm]:g}",
+            ("≥ " if largest[norm] == tried[norm] else "") + f"{largest[norm]:g}",
             *(
                 f"{loss_at(runs, step):.3f}"
                 for step in (1, EARLY, 20, 100)
@@ -66,7 +66,10 @@ def _rows(chosen, largest):
 
 def _picture(results, draw, name, title, ceiling):
     curves = {
-        NORMS[norm]: (norm, [[(step, loss) for step, loss in run["steps"]] for run in runs])
+        f"{NORMS[norm]}, rate {rate(runs):g}": (
+            norm,
+            [[(step, loss) for step, loss in run["steps"]] for run in runs],
+        )
         for norm, runs in best(results).items()
     }
     line = None
@@ -81,8 +84,8 @@ def _tell(results: Results, draw: Any, *, name: str, title: str, ceiling: float)
         return ["Not run."]
     heads = [
         "",
-        "rate",
-        "largest stable",
+        "best rate",
+        "largest without divergence",
         "loss at 1",
         f"at {EARLY}",
         "at 20",
@@ -91,11 +94,21 @@ def _tell(results: Results, draw: Any, *, name: str, title: str, ceiling: float)
         "test accuracy",
         "n",
     ]
-    heads = [h for h in heads if h]
+    config = (
+        chosen["none"][0]["config"]
+        if "none" in chosen
+        else next(iter(chosen.values()))[0]["config"]
+    )
+    momentum = config["optimizer.momentum"]
     lines = [
         _picture(results, draw, name, title, ceiling),
         "",
-        *table(["", *heads], list(_rows(chosen, stable(results)))),
+        f"Batches of {config['batch_size']}, {counted(config['epochs'], 'epoch')}, a constant rate, "
+        f"{f'momentum {momentum:g}' if momentum else 'no momentum'} in all, the best rate of a sweep by the "
+        "training loss of the last epoch. Channel deconvolution of grey images is one scale for all pixels, "
+        "so that in a first layer it is plain SGD at another rate. ≥: no larger rate was tried.",
+        "",
+        *table(heads, list(_rows(chosen, stable(results), largest_tried(results)))),
     ]
     if "optimum" in results:
         optimum = results["optimum"][0]["figures"]["optimum"]

@@ -3,21 +3,30 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from train.experiments.cell import Results, Verdict
+from train.experiments import evidence
+from train.experiments.cell import Result, Results, Verdict
 from train.experiments.sweeps import best, first_below, loss_at, rate, stable
 
 EARLY = 5  # iterations
+_WINDOW = 10  # iterations whose mean is the loss at the end of an epoch
 
 
 def regression(results: Results, *, loss: str) -> list[Verdict]:
-    """Judge whether few iterations at rate 1.0 reach what plain SGD has after an epoch."""
+    """Judge whether few iterations at rate 1.0 reach what plain SGD has after an epoch, and who is better."""
+    return [_early(results, loss), _against_batch(results, loss)]
+
+
+def _early(results: Results, loss: str) -> Verdict:
     chosen = best(results)
     at_one = results.get("deconv-lr1", ())
-    claim = f"{loss}: with deconvolution at rate 1.0 about 5 iterations to a low cost"
+    claim = f"Figure 4, {loss}: with deconvolution at rate 1.0 about 5 iterations to a low cost"
     if "none" not in chosen or not at_one:
-        return [Verdict(claim, "not run")]
+        return Verdict(claim, "not run", "~5 iterations")
     plain = chosen["none"]
-    low, per_epoch = plain[0]["epochs"][0]["train_loss"], plain[0]["epochs"][0]["step"]
+    epoch = plain[0]["epochs"][0]["step"]
+    low = statistics.fmean(
+        loss_at(plain, step) for step in range(max(1, epoch - _WINDOW + 1), epoch + 1)
+    )
     steps = first_below(at_one, low)
     others = {
         rate(runs): step
@@ -29,42 +38,77 @@ def regression(results: Results, *, loss: str) -> list[Verdict]:
     better = (
         ""
         if fastest in (None, 1.0)
-        else f" At rate {fastest:g} it is {others[fastest]} iterations."
+        else f" At rate {fastest:g} it takes {others[fastest]} iterations."
     )
-    return [
-        Verdict(
-            claim,
-            "no" if steps is None else "yes" if steps <= 2 * EARLY else "in part",
-            "~5 iterations",
-            f"{steps} iterations" if steps else "never",
-            f"{steps - EARLY:+d}" if steps else "",
-            str(len(at_one)),
-            f"Low is what plain SGD at its best rate has on average over its first {per_epoch} iterations, "
-            f"{low:.3f}. After {EARLY} the loss is {loss_at(at_one, EARLY):.3f}, plain SGD's "
-            f"{loss_at(plain, EARLY):.3f}.{better}",
-        )
-    ]
+    return Verdict(
+        claim,
+        "yes"
+        if steps and steps <= 2 * EARLY
+        else "in part"
+        if steps and steps <= epoch / 2
+        else "no",
+        "~5 iterations",
+        f"{steps} iterations" if steps else "never",
+        f"{steps - EARLY:+d}" if steps else "",
+        str(len(at_one)),
+        f"Low is what plain SGD at its best rate has at the end of an epoch, after {epoch} iterations, "
+        f"{low:.3f}; within half of that the claim holds in part. After {EARLY} the loss is "
+        f"{loss_at(at_one, EARLY):.3f}, plain SGD's {loss_at(plain, EARLY):.3f}.{better}",
+    )
+
+
+def _against_batch(results: Results, loss: str) -> Verdict:
+    chosen = best(results)
+    claim = f"Figure 4, {loss}: deconvolution is more effective than batch norm"
+    if not {"batch", "deconv"} <= set(chosen):
+        return Verdict(claim, "not run", "a picture")
+    last = accuracies(chosen)
+    ours, batch = last["deconv"], last["batch"]
+    mine, theirs = losses(chosen, "deconv"), losses(chosen, "batch")
+    return Verdict(
+        claim,
+        evidence.better(ours, batch, evidence.noise(last.values())),
+        "a picture",
+        f"{statistics.fmean(ours):.1f}% against {statistics.fmean(batch):.1f}%",
+        f"{statistics.fmean(ours) - statistics.fmean(batch):+.1f}",
+        str(len(ours)),
+        f"Test accuracy after {len(chosen['batch'][0]['epochs'])} epochs, each at its best rate; training "
+        f"loss of the last epoch {mine:.3f} against {theirs:.3f}.",
+    )
+
+
+def accuracies(chosen: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
+    """Return by norm the test accuracy of each seed at the end, in percent."""
+    return {
+        norm: [100 * run["epochs"][-1]["test_accuracy"] for run in runs]
+        for norm, runs in chosen.items()
+    }
+
+
+def losses(chosen: Mapping[str, Sequence[Result]], norm: str) -> float:
+    """Return the mean training loss of the last epoch."""
+    return statistics.fmean(run["epochs"][-1]["train_loss"] for run in chosen[norm])
 
 
 def limit(results: Results) -> list[Verdict]:
     """The paper does not give the scales of its pixels and its loss, on which the limit depends."""
-    claim = "squared loss: plain SGD needs a rate of 0.02 to 0.1, or it diverges"
+    claim = "Section 4, squared loss: plain SGD needs a rate of 0.02 to 0.1, or it diverges"
     if "optimum" not in results or "none" not in best(results):
-        return [Verdict(claim, "not run")]
+        return [Verdict(claim, "not run", "0.02-0.1")]
     limits = results["optimum"][0]["figures"]["largest_rates"]
     ours, theirs = limits["standardized, half squared"], limits["mean squared error"]
     return [
         Verdict(
             claim,
-            "yes" if 0.02 <= theirs <= 0.2 else "no",
+            "undecided",
             "0.02-0.1",
-            f"below {theirs:.2g}",
+            f"below {theirs:.2g} or {ours:.2g}",
             "",
-            str(len(best(results)["none"])),
-            "By the largest eigenvalue of the Hessian, with PyTorch's mean squared error on pixels from 0 to "
-            "1; the paper does not say what it had. In our units, half the squared distance on standardized "
-            f"pixels, it is {ours:.2g}, and {stable(results)['none']:g} is the largest of our sweep that "
-            "did not diverge.",
+            "1",
+            "The limit is that of the Hessian's largest eigenvalue, and the paper does not say in which "
+            f"units: with PyTorch's mean squared error on pixels from 0 to 1 it is {theirs:.2g}, near its "
+            f"figures; in ours, half the squared distance on standardized pixels, {ours:.2g}, and "
+            f"{stable(results)['none']:g} is the largest rate of our sweep that did not diverge.",
         )
     ]
 
@@ -72,7 +116,7 @@ def limit(results: Results) -> list[Verdict]:
 def one_step(results: Results) -> list[Verdict]:
     """Judge section 3.3."""
     if "optimum" not in results:
-        return []
+        return [Verdict("Section 3.3: one step at rate 1 solves least squares", "not run", "exact")]
     figures = results["optimum"][0]["figures"]
     above = {name: curve["loss_above_optimum"] for name, curve in figures["curves"].items()}
     exact = above["exact root"]
@@ -95,50 +139,35 @@ def one_step(results: Results) -> list[Verdict]:
 def mlp(results: Results) -> list[Verdict]:
     """Judge figure 4(c, d)."""
     chosen = best(results)
-    claim = "MLP: deconvolution trains better than batch norm"
-    if not {"batch", "deconv"} <= set(chosen):
-        return [Verdict(claim, "not run")]
-    last = {n: [100 * r["epochs"][-1]["test_accuracy"] for r in runs] for n, runs in chosen.items()}
-    loss = {
-        n: statistics.fmean(r["epochs"][-1]["train_loss"] for r in runs)
-        for n, runs in chosen.items()
+    last = accuracies(chosen)
+    noise = evidence.noise(last.values())
+    claims = {
+        "batch": "Figure 4, MLP: deconvolution trains better than batch norm",
+        "channel": "Figure 4, MLP: full deconvolution trains better than channel deconvolution",
     }
-    better = statistics.fmean(last["deconv"]) > statistics.fmean(last["batch"])
-    verdict = (
-        ("yes" if better else "in part")
-        if loss["deconv"] < loss["batch"]
-        else ("in part" if better else "no")
-    )
-    gap = statistics.fmean(last["deconv"]) - statistics.fmean(last["batch"])
-    return [
-        Verdict(
-            claim,
-            verdict,
-            "a picture",
-            f"{statistics.fmean(last['deconv']):.2f}% against {statistics.fmean(last['batch']):.2f}%",
-            f"{gap:+.2f}",
-            str(len(chosen["deconv"])),
-            f"Test accuracy after {len(chosen['batch'][0]['epochs'])} epochs, each at its best rate; "
-            f"training loss of the last epoch {loss['deconv']:.3f} against {loss['batch']:.3f}, of iteration "
-            f"20 {loss_at(chosen['deconv'], 20):.3f} against {loss_at(chosen['batch'], 20):.3f}.",
-        ),
-        *_pixels(last),
-    ]
-
-
-def _pixels(last: Mapping[str, Sequence[float]]) -> list[Verdict]:
-    if "channel" not in last:
-        return []
-    full, channel = statistics.fmean(last["deconv"]), statistics.fmean(last["channel"])
-    return [
-        Verdict(
-            "MLP: full deconvolution trains better than channel deconvolution",
-            "yes" if full > channel else "no",
-            "a picture",
-            f"{full:.2f}% against {channel:.2f}%",
-            f"{full - channel:+.2f}",
-            str(len(last["deconv"])),
-            "They differ in the first layer only: 784 pixels whitened together, from batches of 512, or "
-            "standardized together.",
+    notes = {
+        "batch": "",
+        "channel": " They differ in the first layer only: 784 pixels whitened together, from batches of "
+        "512, or standardized together.",
+    }
+    verdicts = []
+    for norm, claim in claims.items():
+        if not {norm, "deconv"} <= set(chosen):
+            verdicts.append(Verdict(claim, "not run", "a picture"))
+            continue
+        ours, other = last["deconv"], last[norm]
+        verdicts.append(
+            Verdict(
+                claim,
+                evidence.better(ours, other, noise),
+                "a picture",
+                f"{statistics.fmean(ours):.2f}% against {statistics.fmean(other):.2f}%",
+                f"{statistics.fmean(ours) - statistics.fmean(other):+.2f}",
+                str(len(ours)),
+                f"Test accuracy after {len(chosen[norm][0]['epochs'])} epochs, each at its best rate; "
+                f"training loss of the last epoch {losses(chosen, 'deconv'):.3f} against "
+                f"{losses(chosen, norm):.3f}, of iteration 20 {loss_at(chosen['deconv'], 20):.3f} against "
+                f"{loss_at(chosen[norm], 20):.3f}.{notes[norm]}",
+            )
         )
-    ]
+    return verdicts

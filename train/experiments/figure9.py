@@ -6,13 +6,14 @@ from train.experiments import images
 from train.experiments.cell import Cell, Experiment, Results, Verdict
 from train.experiments.measurement import (
     DATASETS,
-    counted,
     figures_of,
     measurement,
     on_each_dataset,
 )
-from train.experiments.tables import table
+from train.experiments.tables import counted, table
 
+NETWORKS = ("cnn", "vgg11")  # one that two cores can train, and the paper's
+_NEVER = "never published"
 CHANCE = 1 / 18  # of a random normal 3x3 filter to be centre-surround
 
 
@@ -20,12 +21,17 @@ def _judge_features(results: Results) -> list[Verdict]:
     found = figures_of(results)
     claims = (
         "Figure 9: deconvolved features are sparser",
-        "Later abstract: first-layer filters D w look centre-surround",
+        "Ours: learnt filters of the first layer, D w, look centre-surround",
     )
-    if not found:
-        return [Verdict(claim, "not run") for claim in claims]
     verdicts = []
-    for network, one in found.items():
+    for network in NETWORKS:
+        if network not in found:
+            verdicts += [
+                Verdict(f"{claims[0]} ({network})", "not run", "a picture"),
+                Verdict(f"{claims[1]} ({network})", "not run", _NEVER, own=True),
+            ]
+            continue
+        one = found[network]
         hidden = [layer for name, layer in one["layers"].items() if name != "conv1"]
         up = sum(layer["deconvolved"]["hoyer"] > layer["input"]["hoyer"] for layer in hidden)
         sharper = sum(
@@ -53,13 +59,14 @@ def _judge_features(results: Results) -> list[Verdict]:
             Verdict(
                 f"{claims[1]} ({network})",
                 "yes" if applied["share"] >= 0.5 else "in part" if stands_out else "no",
-                "in words",
+                _NEVER,
                 f"{applied['share']:.0%} of {applied['count']} filters",
                 "",
                 "1",
                 f"Batch norm's filters {batch['share']:.0%}, D w before training {start['share']:.0%}, "
                 f"chance {CHANCE:.0%} (in brightness: centre the largest weight, surround of the "
                 f"other sign). Rows of D itself: {one['whitener']['share']:.0%}.",
+                own=True,
             )
         )
     return verdicts
@@ -114,7 +121,9 @@ def _tell_features(results: Results, draw: Any) -> list[str]:
         }
         lines += [
             draw.filters(
-                f"filters-{network}", rows, title=f"Rows of D and first-layer filters, {network}"
+                f"filters-{network}",
+                rows,
+                title=f"Rows of D and filters of the first layer, twelve of each, {network}",
             ),
             "",
         ]
@@ -145,9 +154,9 @@ FIGURE9 = Experiment(
 
 def _judge_rows(results: Results) -> list[Verdict]:
     found = figures_of(results)
-    claim = "Rows of D are centre-surround filters"
+    claim = "ICLR abstract: deconvolution filters of the first layer, the rows of D, are centre-surround"
     if not found:
-        return [Verdict(claim, "not run")]
+        return [Verdict(claim, "not run", "in words")]
     rows = [row for one in found.values() for row in one["rows"].values()]
     share = sum(row["share"] for row in rows) / len(rows)
     balances = [one["rows"]["5x5, 5 iterations"]["balance"] for one in found.values()]
@@ -156,10 +165,11 @@ def _judge_rows(results: Results) -> list[Verdict]:
             claim,
             "yes" if share > 0.9 else "in part" if share > 0.5 else "no",
             "in words",
-            f"{share:.0%} of rows",
+            f"{share:.0%} of middle rows",
             "",
             counted(len(found), "dataset"),
-            "The surround cancels "
+            "Of each D the three rows that belong to the middle pixel, as they see their own channel; three "
+            "kernel sizes and three roots. The surround cancels "
             + ", ".join(f"{b:.0%}" for b in balances)
             + f" of the centre ({', '.join(DATASETS[n] for n in found)}; 5x5, five iterations, median).",
         )

@@ -20,8 +20,3 @@ def on_each_dataset(function: str) -> tuple[Cell, ...]:
 def figures_of(results: Results) -> dict[str, Any]:
     """Return by cell what was measured."""
     return {name: runs[0]["figures"] for name, runs in results.items()}
-
-
-def counted(number: int, what: str) -> str:
-    """Return `1 set`, `2 sets`."""
-    return f"{number} {what}" + ("" if number == 1 else "s")

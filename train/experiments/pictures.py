@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from netdeconv_jax.analysis import figures
-from train.curves import COLOURS, FAINT, INK, draw_curves
+from train.curves import COLOURS, FAINT, INK, NORMS, draw_curves
 
 FIRST = 100  # iterations that a picture of losses shows
 
@@ -98,7 +98,7 @@ class Pictures:
           what: the horizontal axis measures.
         """
         path, markdown = self._place(name, title)
-        figure = Figure(figsize=(7, 0.9 + 0.36 * len(rows)), dpi=150, layout="constrained")
+        figure = Figure(figsize=(7, 1.25 + 0.33 * len(rows)), dpi=150, layout="constrained")
         draw_dots(figure.subplots(), rows, what)
         figure.suptitle(title, fontsize=11, weight="bold", color=INK, x=0.02, ha="left")
         FigureCanvasAgg(figure).print_png(path)
@@ -128,18 +128,29 @@ def draw_losses(axes: Axes, curves: Any, *, line: Any = None, ceiling: float) ->
 
 def draw_dots(axes: Axes, rows: Sequence[Mapping[str, Any]], what: str) -> None:
     """Draw accuracies by row, see `Pictures.dots`."""
+    named: dict[str, None] = {}
+    rings = any(row.get(norm, {}).get("published") is not None for row in rows for norm in COLOURS)
     for y, row in enumerate(rows):
         for norm, colour in COLOURS.items():
             cell = row.get(norm)
             if cell is None:
                 continue
             ours, published = list(cell.get("ours", ())), cell.get("published")
-            axes.plot(ours, [y] * len(ours), "o", color=colour, ms=6, alpha=0.85, zorder=3)
+            label = None if norm in named else NORMS[norm]
+            named[norm] = None
+            axes.plot(
+                ours, [y] * len(ours), "o", color=colour, ms=6, alpha=0.85, zorder=3, label=label
+            )
             if published is not None:
                 axes.plot([published], [y], "o", mfc="none", mec=colour, ms=9, mew=1.3, zorder=2)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"{what}; full: ours, a dot a seed; ring: published", fontsize=8.5, color=INK)
+    marks = "\nfull: ours, a dot a seed; ring: published" if rings else ", a dot a seed"
+    axes.set_xlabel(what + marks, fontsize=8.5, color=INK)
+    if len(named) > 1:
+        axes.legend(
+            fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(named)
+        )
     _plain(axes, grid="x")
 
 

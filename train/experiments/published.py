@@ -45,3 +45,32 @@ REPLICATED: dict[str, dict[str, tuple[float, float]]] = {
     "senet18": {"batch": (92.5, 92.9), "deconv": (94.2, 94.4)},
     "efficientnet_b0": {"batch": (84.2, 85.5), "deconv": (87.5, 88.1)},
 }
+
+# Claims, what is published, and where the nearest thing is that can be run or read.
+WITHOUT = (
+    (
+        "Table 1, CIFAR-100, 1, 20 and 100 epochs; CIFAR-10, 100 epochs",
+        "ten networks, deconvolution ahead in all",
+        "`python -m train.main --config=configs/cifar100.py:resnet18,deconv --config.epochs=20`, and so on",
+    ),
+    (
+        "Preprint table 1 (right), CIFAR-100, 100 epochs, batch 256, weight decay 5e-3",
+        "VGG-13 74.74, 70.57 with batch norm; DenseNet-121 80.27, 79.2; ResNet-50 80.43, 77.78",
+        "the same with `--config.batch_size=256 --config.optimizer.weight_decay=5e-3`",
+    ),
+    (
+        "ImageNet, 90 epochs (table 2 of the paper, figures 7 and 8(b) of the preprint)",
+        "VGG-11 71.95, 70.38 with batch norm; ResNet-18 71.24, 69.76; DenseNet-121 75.73, 74.65",
+        "`python -m train.main --config=configs/imagenet.py:resnet18,deconv`",
+    ),
+    (
+        "Cityscapes, DeepLabV3 and FCN",
+        "deconvolution ahead of batch norm",
+        "no network for it here yet",
+    ),
+    (
+        "Abstract: at a fraction of the cost of a convolution layer",
+        "in words",
+        "[performance.md](performance.md): what statistics, root and folding take beside the convolutions",
+    ),
+)

@@ -2,12 +2,16 @@
 
 experiment, cell, seed   what was run
 command                  runs exactly this again
-note                     of some: what was written into the record afterwards
+note                     of some: why it diverged, or what was written into the record afterwards
 status                   "done", or "diverged" if the loss or the state became infinite
 seconds                  wall time, compilation included, pauses between sessions left out
+compile_seconds          of these, if this run compiled
+minutes                  what the cell was thought to take, see `Cell.minutes`
 device, processor        what it ran on; of a CPU both are one
+device_count             how many devices JAX saw
 date, versions           of the day and the packages
 config                   every setting, by its dotted name; of a measurement its arguments
+spec                     with deconvolution: what the settings and the preset came to on that day
 epochs                   a row an epoch, as in metrics.jsonl
 steps                    of some cells: the loss of every step
 figures                  of measurements
@@ -20,6 +24,8 @@ from typing import Any
 
 from train import metrics
 from train.experiments.cell import Experiment, Result, Results, Run
+
+NEEDED = ("experiment", "cell", "seed", "status", "seconds", "device", "date", "versions", "config")
 
 
 def path(folder: Path, run: Run) -> Path:
@@ -38,10 +44,23 @@ def read(folder: Path, experiment: Experiment) -> Results:
         for file in (folder / experiment.name).glob(f"{cell.name}-seed*.json"):
             try:
                 result = json.loads(file.read_text())
-                found.setdefault(result["cell"], []).append(result)
-            except (ValueError, KeyError, TypeError) as error:
+                _check(result, experiment.name, cell.name, file.stem)
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file} is no record of a run: {error}") from error
+            found.setdefault(cell.name, []).append(result)
     return {name: sorted(rows, key=lambda r: r["seed"]) for name, rows in found.items()}
+
+
+def _check(result: Result, experiment: str, cell: str, stem: str) -> None:
+    """Raise ValueError for a file that holds another run than its name says, or less than a page needs."""
+    missing = [name for name in NEEDED if name not in result]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    said = (result["experiment"], result["cell"], result["seed"])
+    if said[:2] != (experiment, cell) or stem != f"{cell}-seed{said[2]}":
+        raise ValueError(f"it holds {said[0]}/{said[1]}-seed{said[2]}")
+    if result["config"].get("seed", said[2]) != said[2]:
+        raise ValueError(f"its config has seed {result['config']['seed']}")
 
 
 def write(folder: Path, run: Run, content: Mapping[str, Any]) -> Path:

@@ -14,13 +14,19 @@ from typing import Any
 import jax
 
 from train import config as configs
-from train import loop
+from train import loop, whitening
 from train.data.resident import Resident
+from train.data.sources import Dataset
 from train.experiments import results
 from train.experiments.cell import Result, Run
 from train.experiments.images import load_images
 from train.experiments.watch import Watch
 from train.stopping import Stop, Stopped
+
+
+class UnreadableError(Exception):
+    """A dataset that an experiment needs cannot be had; the message says why."""
+
 
 SHORT = 20.0  # seconds: a cell that takes less is begun anew when it was stopped
 LEAST = 5.0  # seconds of a budget that are worth beginning something for
@@ -35,6 +41,9 @@ class Runner:
       data_dir: as `train.data.sources.load_dataset` takes it.
       say: called with one line for the user.
       known: records that tell how long cells take here.
+
+    Attributes:
+      unreadable: by dataset, why it cannot be had; its cells are passed over.
     """
 
     def __init__(
@@ -54,13 +63,15 @@ class Runner:
         ]
         self._compiling = [s for r in known if (s := r.get("compile_seconds", 0.0))]
         self._trainer: tuple[str, loop.Trainer] | None = None
-        self._load = functools.lru_cache(maxsize=2)(lambda name: load_images(name, data_dir))
+        self._read = functools.lru_cache(maxsize=2)(lambda name: load_images(name, data_dir))
+        self.unreadable: dict[str, str] = {}
 
     def run(self, runs: Sequence[Run], budget: float = math.inf) -> int:
         """Run those cells in turn, first those that fit into what is left; return how many are finished.
 
         When nothing that is left fits, the first one is begun and stopped with its state on disk, so that the
-        next call goes on with it; but not if it would hardly be compiled by then.
+        next call goes on with it; but not if it would hardly be compiled by then, nor a measurement, which
+        begins anew each time.
 
         Args:
           runs: in order.
@@ -75,11 +86,15 @@ class Runner:
                 run = next(fits, None)
                 if run is None and left < 2 * statistics.median(self._compiling or [0.0]):
                     break
-                run = run or waiting[0]
+                run = run or next((run for run in waiting if not run.cell.measure), None)
+                if run is None:
+                    break
                 waiting.remove(run)
                 try:
                     self._one(run, stop, deadline)
                     done += 1
+                except UnreadableError as error:
+                    self._say(f"{run}: {error}")
                 except Stopped:
                     if (signal := stop.noted()) is not None:
                         raise Stopped(0, signal) from None
@@ -100,6 +115,14 @@ class Runner:
                 return statistics.median(rates) * run.cell.minutes
         return None
 
+    def _load(self, name: str) -> Dataset:
+        if name not in self.unreadable:
+            try:
+                return self._read(name)
+            except (ValueError, OSError) as error:  # once: looking for a dataset may take minutes
+                self.unreadable[name] = str(error).splitlines()[0]
+        raise UnreadableError(self.unreadable[name])
+
     def _one(self, run: Run, stop: Stop, deadline: float) -> None:
         start = time.monotonic()
         record = (self._measure if run.cell.measure else self._train)(run, stop, deadline)
@@ -111,11 +134,12 @@ class Runner:
         self._say(f"{run}: {record['status']} in {record['seconds']:.0f} s, {file}")
 
     def _measure(self, run: Run, stop: Stop, deadline: float) -> dict[str, Any]:
-        del stop, deadline
+        del deadline
         self._say(f"{run} ...")
         module, _, function = run.cell.measure.partition(":")
         measure = getattr(importlib.import_module(module), function)
-        figures = measure(self._load, run.seed, **run.cell.changes)
+        with stop.at_once():
+            figures = measure(self._load, run.seed, **run.cell.changes)
         return {"status": "done", "config": dict(run.cell.changes), "figures": figures}
 
     def _train(self, run: Run, stop: Stop, deadline: float) -> dict[str, Any]:
@@ -133,7 +157,7 @@ class Runner:
             run.cell.steps,
             lambda line: self._say(f"{run}: {line}"),
         )
-        done, status = False, "done"
+        done, status, note = False, "done", {}
         self._say(f"{run} ...")
         try:
             trainer, compiling = self._compiled(text, config)
@@ -142,7 +166,7 @@ class Runner:
             done = True
         except loop.NonFiniteLossError as error:
             self._say(f"{run}: {error}")
-            status, done = "diverged", True
+            status, done, note = "diverged", True, {"note": str(error)}
         finally:
             watch.close(done=done)
         return {
@@ -151,7 +175,14 @@ class Runner:
             "compile_seconds": compiling,
             "config": settings | {"seed": run.seed},
             "epochs": watch.rows,
-        } | ({"steps": watch.steps} if run.cell.steps else {})
+            **(
+                {"spec": repr(whitening.create(config.whitening))}
+                if config.norm == "deconv"
+                else {}
+            ),
+            **({"steps": watch.steps} if run.cell.steps else {}),
+            **note,
+        }
 
     def _compiled(self, text: str, config: Any) -> tuple[loop.Trainer, float]:
         """Return a trainer that is compiled, the last one where only the seed is another."""

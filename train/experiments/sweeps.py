@@ -43,6 +43,16 @@ def first_below(runs: Sequence[Result], loss: float) -> int | None:
     return next((step for step in steps if loss_at(runs, step) <= loss), None)
 
 
+def largest_tried(results: Results) -> dict[str, float]:
+    """Return by norm the largest rate of the sweep that was run."""
+    found = dict.fromkeys(NORMS, 0.0)
+    for cell in results:
+        norm, _, tried = cell.partition("-lr")
+        if tried:
+            found[norm] = max(found[norm], float(tried))
+    return found
+
+
 def stable(results: Results) -> dict[str, float]:
     """Return by norm the largest rate of the sweep at which no run diverged and the loss fell."""
     largest: dict[str, float] = {}

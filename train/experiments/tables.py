@@ -1,7 +1,7 @@
 """Figures as Markdown."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -23,6 +23,17 @@ def bars(values: Sequence[float], form: str) -> str:
     return ", ".join(form.format(value) for value in values)
 
 
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return statistics.fmean(values)
+def counted(number: int, what: str) -> str:
+    """Return `1 set`, `2 sets`."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return `one, two and three`, sorted."""
+    *head, last = sorted(names)
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def device(name: str) -> str:
+    """Return a record's device as a reader would write it."""
+    return name.replace("(R)", "").replace(", 1 cores", ", 1 core")
