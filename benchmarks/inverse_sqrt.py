@@ -12,6 +12,7 @@ Writes benchmarks/results/inverse_sqrt.json and docs/images/inverse_sqrt.png.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -175,7 +176,10 @@ def times(size: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def draw(result: dict[str, Any], size: int, path: Path) -> None:
-    """Draw error against condition at one size: a panel for each precision."""
+    """Draw error against condition at one size, if matplotlib is there: a panel for each precision."""
+    if importlib.util.find_spec("matplotlib") is None:
+        say("No picture: matplotlib is not installed.")
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -131,10 +131,16 @@ def _parts(row: LayerRow, dtype: Any) -> dict[str, tuple[Callable[..., Any], tup
         )
 
     def fold(kernel: jax.Array, bias: jax.Array, mean: jax.Array, whitener: jax.Array) -> Any:
-        return ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype)
+        precision = spec.fold_precision(dtype, training=True)
+        return ops.fold(kernel, bias, mean, whitener, groups, dtype=dtype, precision=precision)
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return geometry.convolve(x, kernel, feature_group_count=row.groups)
+        return geometry.convolve(
+            x,
+            kernel,
+            feature_group_count=row.groups,
+            conv_general_dilated=ops.convolution,  # as in training
+        )
 
     found = jax.jit(moments)(x)
     whitener = jax.jit(lambda moments: whitener_of(moments, spec))(found)

@@ -1,7 +1,15 @@
 """Whether what is traced here runs on one device, so that no axis of it is shared out."""
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Return `x` whole on each device of an explicit mesh, so that it may be reshaped; else `x` itself."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or not any(sharding.spec):
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
 
 
 def on_one_device(*arrays: jax.Array) -> bool:

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from netdeconv_jax.ops.devices import on_one_device
+from netdeconv_jax.ops.arguments import check_float_dtype, check_floating
+from netdeconv_jax.ops.devices import on_one_device, whole
 from netdeconv_jax.ops.grouping import ColumnGroups
 from netdeconv_jax.ops.roots import check_precision
 
@@ -30,7 +30,7 @@ def fold(
     *rounded* kernel, because the rounding would otherwise become a bias that grows with the mean.
 
     Args:
-      kernel: [*kernel_size, channels / feature_group_count, features].
+      kernel: [*kernel_size, channels / feature_group_count, features], floating point.
       bias: [features], or None for zero.
       mean: [*groups.stat_shape, width].
       whitener: [*groups.stat_shape, width, width].
@@ -39,10 +39,14 @@ def fold(
       dtype: of the folded kernel; default that of `kernel`.
       precision: of the product of whitener and kernel, as `ops.newton_schulz`. The bias's is the highest.
     Returns:
-      A kernel of the same shape in `dtype`, and a bias [features] in the dtype of the statistics.
+      A kernel of the same shape in `dtype`, and a bias [features] in the dtype of the statistics; whole on
+      each device of an explicit mesh, however a kernel with spatial axes was sharded.
     Raises:
-      ValueError: the kernel has other columns than `groups`, or features that its feature groups do not
-        divide; `bias`, `mean` or `whitener` has another shape than these; `precision` is unknown.
+      ValueError: the kernel has fewer than two axes, other columns than `groups`, or features that its
+        feature groups do not divide; `bias`, `mean` or `whitener` has another shape than these; `precision`
+        is unknown.
+      TypeError: `kernel`, `bias`, `mean`, `whitener` or `dtype` is not floating point, or `groups` is no
+        `ColumnGroups`.
 
     Source: Ye et al. 2020, section 3.4; the original code multiplies the kernel in the same way.
 
@@ -54,7 +58,16 @@ def fold(
       >>> k.item(), b.item()
       (0.5, -1.5)
     """
-    dtype = dtype or kernel.dtype
+    if not isinstance(groups, ColumnGroups):
+        raise TypeError(f"`groups` must be a ColumnGroups, got {groups!r}.")
+    kernel = check_floating("kernel", kernel)
+    mean, whitener = check_floating("mean", mean), check_floating("whitener", whitener)
+    bias = None if bias is None else check_floating("bias", bias)
+    dtype = kernel.dtype if dtype is None else check_float_dtype("dtype", dtype)
+    if kernel.ndim < 2:
+        raise ValueError(
+            f"`kernel` must be [*kernel_size, channels, features], got shape {kernel.shape}."
+        )
     *kernel_size, channels, features = kernel.shape
     taps, columns = math.prod(kernel_size), groups.sets * groups.groups * groups.width
     if columns not in (channels, channels * taps):
@@ -72,10 +85,10 @@ def fold(
         ("whitener", whitener, (*lead, groups.width, groups.width)),
         ("bias", bias, (features,)),
     ):
-        if value is not None and np.shape(value) != shape:
-            raise ValueError(f"`{name}` must have shape {shape}, got {np.shape(value)}.")
+        if value is not None and value.shape != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {value.shape}.")
     check_precision(precision)
-    return _fold(kernel, bias, mean, whitener, groups, jnp.dtype(dtype), precision)
+    return _fold(kernel, bias, mean, whitener, groups, dtype, precision)
 
 
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.
@@ -84,6 +97,8 @@ def _fold(kernel, bias, mean, whitener, groups, dtype, precision):
     columns = groups.sets * groups.groups * groups.width
     taps = math.prod(kernel.shape[:-2])
     own_taps = taps if columns == kernel.shape[-2] * taps else 1
+    if kernel.ndim > 2:  # taps and channels are merged, which is not done to what is sharded
+        kernel, bias, mean, whitener = jax.tree.map(whole, (kernel, bias, mean, whitener))
     product = _matrix if _is_one_matrix(kernel, groups, taps == own_taps) else _features_first
     folded, shift = product(kernel, mean, whitener, groups, dtype, precision, own_taps)
     return folded, -shift if bias is None else bias.astype(shift.dtype) - shift

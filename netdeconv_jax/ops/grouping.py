@@ -28,7 +28,7 @@ def effective_block(channels: int, block_size: int) -> int:
       A divisor of `channels`.
     Raises:
       ValueError: `channels` or `block_size` is below 1.
-      TypeError: `block_size` is not an int.
+      TypeError: one of them is not an int.
 
     Source: the original code; the paper says "evenly divide".
 
@@ -118,6 +118,7 @@ def column_groups(
     Raises:
       ValueError: an unknown `kind`, or a count below 1, or `channels` not divisible by
         `feature_group_count`.
+      TypeError: a count is no int, or `shared` no bool.
 
     Source: Ye et al. 2020, section 3.5 and the original code, which pools all groups as samples.
       `shared=False` is ours.
@@ -128,6 +129,9 @@ def column_groups(
       576
     """
     check_kind(kind)
+    if not isinstance(shared, bool):
+        raise TypeError(f"`shared` must be True or False, got {shared!r}.")
+    check_count("channels", channels)
     check_count("taps", taps)
     check_count("feature_group_count", feature_group_count)
     if channels % feature_group_count:

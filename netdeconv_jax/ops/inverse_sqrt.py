@@ -3,7 +3,7 @@
 import jax
 
 from netdeconv_jax.ops.polynomial import chebyshev
-from netdeconv_jax.ops.roots import eigh, newton_schulz
+from netdeconv_jax.ops.roots import check_num_iters, eigh, newton_schulz
 
 METHODS = ("newton_schulz", "chebyshev", "eigh")
 
@@ -30,6 +30,7 @@ def inverse_sqrt(cov: jax.Array, *, method: str = "newton_schulz", num_iters: in
       >>> ops.inverse_sqrt(jnp.diag(jnp.array([4.0, 1.0])), method="eigh").round(4).tolist()
       [[0.5, 0.0], [0.0, 1.0]]
     """
+    check_num_iters(num_iters)
     if method == "newton_schulz":
         return newton_schulz(cov, num_iters=num_iters)
     if method == "chebyshev":

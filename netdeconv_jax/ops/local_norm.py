@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from netdeconv_jax.ops.arguments import (
+    check_axes,
+    check_broadcastable,
+    check_float_dtype,
+    check_floating,
+    check_number,
+)
+
 
 def local_norm(
     x: jax.Array,
@@ -27,11 +35,15 @@ def local_norm(
       weights: float >= 0, broadcastable to the shape of `x` (same rank). What weighs 0 does not enter mean
         and variance, even if it is not finite, but is normalized with the rest of its sample. A sample that
         weighs nothing is normalized as if there were no weights.
-      axes: of `x`, that make up a sample.
-      eps: added to the variance.
+      axes: of `x`, that make up a sample; they may be counted from the end.
+      eps: >= 0, added to the variance.
       dtype: of the result; default that of `x`. Computed in float32 or wider.
     Returns:
       An array of the shape of `x`.
+    Raises:
+      ValueError: an axis that `x` does not have or that is named twice, `eps` below 0, or `weights` of
+        another shape.
+      TypeError: `x`, `weights` or `dtype` is not floating point, `axes` no ints, or `eps` no number.
 
     Source: Ye et al. 2022 ("Exploiting Invariance in Training Deep Neural Networks"), scale invariance by
     local statistics; departure: the window is the whole sample, as in layer norm (Ba et al. 2016).
@@ -43,8 +55,13 @@ def local_norm(
       >>> ops.local_norm(x, axes=(1,)).round(3).tolist()
       [[-1.0, 1.0], [-1.0, 1.0]]
     """
-    axes = tuple(axis % x.ndim for axis in axes)
-    return _local_norm(x, weights, axes, float(eps), jnp.dtype(dtype or x.dtype))
+    x = check_floating("x", x)
+    axes = check_axes("axes", axes, x.ndim, least=-x.ndim)
+    if weights is not None:
+        weights = check_floating("weights", weights)
+        check_broadcastable("weights", weights.shape, x.shape)
+    dtype = x.dtype if dtype is None else check_float_dtype("dtype", dtype)
+    return _local_norm(x, weights, axes, check_number("eps", eps), dtype)
 
 
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.

@@ -8,6 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from netdeconv_jax.ops.arguments import (
+    check_axes,
+    check_broadcastable,
+    check_float_dtype,
+    check_floating,
+)
 from netdeconv_jax.ops.gram import gram
 
 AxisName = str | Sequence[str]
@@ -104,7 +110,10 @@ def moments(
     Returns:
       `Moments`, with `count` of shape [] without weights.
     Raises:
-      ValueError: there is no sample, or `sample_dtype` is another.
+      ValueError: there is no sample; `x` has fewer than two axes; an axis is none of those in front of the
+        last one, or is named twice; `weights` has another shape, or `sample_dtype` is another.
+      TypeError: `x`, `weights` or `dtype` is not floating point, `axes` are no ints, or `sample_dtype` is no
+        string.
 
     Source: Ye et al. 2020, section 3.1 and Algorithm 1, line 7.
 
@@ -115,13 +124,21 @@ def moments(
       [[1.0, 0.0], [0.0, 0.0]]
     """
     check_sample_dtype(sample_dtype)
-    axes = tuple(sorted(axes))
+    x = check_floating("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"`x` must be [..., d] with a sample axis in front, got shape {x.shape}.")
+    axes = check_axes("axes", axes, x.ndim - 1)
+    if weights is not None:
+        weights = check_floating("weights", weights)
+        check_broadcastable("weights", weights.shape, x.shape[:-1])
+    if dtype is None:
+        dtype = jnp.promote_types(jnp.float32, x.dtype)
     total = 1
     for axis in axes:
         total *= x.shape[axis]
     if total == 0:
         raise ValueError(f"`x` has no samples: shape {x.shape}, sample axes {axes}.")
-    x = x.astype(dtype or jnp.promote_types(jnp.float32, x.dtype))
+    x = x.astype(check_float_dtype("dtype", dtype))
     if weights is None:
         count = jnp.asarray(total, x.dtype)
         mean = jnp.sum(x, axes, keepdims=True) / total

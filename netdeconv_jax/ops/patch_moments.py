@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from netdeconv_jax.ops.arguments import check_float_dtype, check_floating
 from netdeconv_jax.ops.devices import on_one_device
 from netdeconv_jax.ops.grouping import ColumnGroups, check_count
 from netdeconv_jax.ops.moments import AxisName, Moments, check_sample_dtype, moments
@@ -58,9 +59,10 @@ def patch_moments(
     Returns:
       `Moments` with leading axes `groups.stat_shape`.
     Raises:
-      ValueError: the input is smaller than the kernel or has no samples, `sampling_stride` < 1, or
+      ValueError: `x` has another rank than `geometry` asks for, is smaller than the kernel or has no samples;
+        `groups` are those of other columns; `mask` or `shift` has another shape; `sampling_stride` < 1, or
         `sample_dtype` is unknown.
-      TypeError: `x` is not floating point, or `sampling_stride` not an int.
+      TypeError: `x` or `dtype` is not floating point, or `sampling_stride` not an int.
 
     Source: the original FastDeconv. `mask` and pooling over devices are ours.
 
@@ -71,12 +73,13 @@ def patch_moments(
       >>> ops.patch_moments(jnp.ones((2, 8, 8, 3)), ops.window((3, 3)), groups).cov.shape
       (27, 27)
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating point, got {x.dtype}.")
-    dtype = dtype or jnp.promote_types(jnp.float32, x.dtype)
-    check_count("sampling_stride", sampling_stride)
+    x = check_floating("x", x)
+    if dtype is None:
+        dtype = jnp.promote_types(jnp.float32, x.dtype)
+    dtype = check_float_dtype("dtype", dtype)
     check_sample_dtype(sample_dtype)
+    if sampled_rows(x.shape, geometry, groups, sampling_stride) == 0:
+        raise ValueError(f"`x` has no samples: shape {x.shape}.")
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
     if axis_index_groups is not None:
@@ -84,13 +87,13 @@ def patch_moments(
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     axis = (axis_name, axis_index_groups)
     if shift is None:
-        result = _own_moments(
-            x, mask, geometry, groups, sampling_stride, axis, jnp.dtype(dtype), sample_dtype
-        )
+        result = _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype, sample_dtype)
         if axis_name is not None:
             result = result.psum(axis_name, axis_index_groups)
     else:
         shift = jnp.asarray(shift, dtype)
+        if shift.shape != groups.mean_shape:
+            raise ValueError(f"`shift` must have shape {groups.mean_shape}, got {shift.shape}.")
         sums = _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, sample_dtype)
         if axis_name is not None:
             sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
@@ -142,6 +145,8 @@ def sampled_rows(
     Args:
       shape: of `x`, [batch, *spatial, channels].
       geometry, groups, sampling_stride: as `patch_moments`.
+    Raises:
+      ValueError, TypeError: as `patch_moments` for what is given here.
 
     Source: ours.
 
@@ -151,6 +156,17 @@ def sampled_rows(
       >>> ops.sampled_rows((32, 16, 16, 128), ops.window((3, 3)), groups, 3)
       2304
     """
+    check_count("sampling_stride", sampling_stride)
+    if len(shape) != geometry.ndim + 2:
+        raise ValueError(
+            f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {shape}."
+        )
+    columns, channels = math.prod((*groups.stat_shape, groups.groups, groups.width)), shape[-1]
+    if columns not in (channels, channels * geometry.taps):
+        raise ValueError(
+            f"`groups` must have {channels} columns, or {channels * geometry.taps} with kernel taps, "
+            f"got {columns}."
+        )
     strides = [s * sampling_stride for s in geometry.strides]
     if _pointwise(groups, shape[-1]):
         return -(-shape[0] * math.prod(shape[1:-1]) // math.prod(strides)) * groups.groups

@@ -173,6 +173,7 @@ def window(
       The `Window`.
     Raises:
       ValueError: a size, stride or dilation below 1, a wrong number of entries, or unknown padding.
+      TypeError: a size, stride or dilation that is neither an int nor a sequence.
 
     Source: flax.linen.Conv.
 
@@ -300,7 +301,9 @@ def _per_axis(name: str, value: int | Sequence[int] | None, ndim: int) -> tuple[
         raise TypeError(f"`{name}` must be an int or a sequence of ints, got {value!r}.")
     if len(entries) != ndim:
         raise ValueError(f"`{name}` must have {ndim} entries, one per spatial axis, got {value!r}.")
-    if not all(isinstance(v, (int, np.integer)) and v >= 1 for v in entries):
+    if not all(
+        isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v >= 1 for v in entries
+    ):
         raise ValueError(f"`{name}` must hold integers of at least 1, got {value!r}.")
     return tuple(int(v) for v in entries)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from netdeconv_jax.ops.arguments import check_number
 from netdeconv_jax.ops.roots import (
     check_num_iters,
     check_precision,
@@ -165,8 +166,7 @@ def ridge_coefficients(ridge: float, tol: float) -> tuple[float, ...]:
       20
     """
     check_tol(tol)
-    if not ridge > 0:
-        raise ValueError(f"`ridge` must be greater than 0, got {ridge}.")
+    check_number("ridge", ridge, above=0)
     coefficients = _ridge_coefficients(float(ridge), float(tol))
     if coefficients is None:
         raise ValueError(
@@ -207,9 +207,8 @@ def _products(degree: int) -> int:
 
 
 def check_tol(tol: float) -> None:
-    """Raise unless `tol` is positive."""
-    if not tol > 0:
-        raise ValueError(f"`tol` must be greater than 0, got {tol}.")
+    """Raise unless `tol` is a positive number."""
+    check_number("tol", tol, above=0)
 
 
 def _scalar_iteration(x: np.ndarray, num_iters: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from netdeconv_jax.ops.arguments import check_number
+
 PRECISIONS = ("highest", "high", "default")
 
 
@@ -78,8 +80,8 @@ def eigh(cov: jax.Array, *, ridge: float = 0.0) -> jax.Array:
     Returns:
       [..., d, d] in `promote_types(float32, cov.dtype)`.
     Raises:
-      ValueError: `cov` is not square, or `ridge` < 0.
-      TypeError: `cov` is not floating point.
+      ValueError: `cov` is not square, or `ridge` < 0 or infinite.
+      TypeError: `cov` is not floating point, or `ridge` no number.
 
     Source: ours; the paper never takes the exact root.
 
@@ -105,9 +107,8 @@ def check_num_iters(num_iters: int) -> None:
 
 
 def check_ridge(ridge: float) -> None:
-    """Raise unless `ridge` is at least 0."""
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must be at least 0, got {ridge}.")
+    """Raise unless `ridge` is a finite number of at least 0."""
+    check_number("ridge", ridge)
 
 
 def check_precision(precision: str) -> None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from netdeconv_jax.ops.grouping import check_count
+
 
 def every_nth(
     x: jax.Array, step: int, phase: np.ndarray | jax.Array
@@ -19,11 +21,15 @@ def every_nth(
     Args:
       x: [batch, pixels, *rest].
       step: static int >= 1.
-      phase: int, shape broadcastable to [batch, *rest]: the place of each image's first pixel, of any
-        size or modulo `step`.
+      phase: int, a scalar or of a shape broadcastable to [batch, *rest]: the place of each image's first
+        pixel, of any size or modulo `step`.
     Returns:
       The pixels, [batch, ceil(pixels / step), *rest], zero where an image has one fewer than another; and
       float weights broadcastable to them, 1 for a pixel and 0 for a hole, or None if there is no hole.
+
+    Raises:
+      ValueError: `step` < 1.
+      TypeError: `step` is not an int.
 
     Source: the row sampling of the original FastDeconv (1x1 kernels) and ChannelDeconv.
 
@@ -35,8 +41,10 @@ def every_nth(
       >>> pixels.tolist(), weights
       ([[0.0, 3.0], [6.0, 9.0]], None)
     """
+    check_count("step", step)
     if step == 1:
         return x, None
+    phase = phase if np.ndim(phase) else phase.reshape((1,) * (x.ndim - 1))
     offset = (-phase) % step
     if isinstance(offset, np.ndarray) and not offset.any():
         return x[:, ::step], None
