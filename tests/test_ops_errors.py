@@ -70,6 +70,9 @@ VALUES = {
     "`x` must be [batch, *spatial, channels] with 2 spatial axes, got shape (4, 5, 2)": lambda: (
         ops.patch_moments(X[:, 0], WINDOW, GROUPS)
     ),
+    "`x` must be [batch, *spatial, channels], got shape (2,)": lambda: ops.patch_moments(
+        X[0, 0, 0], WINDOW, POINTS
+    ),
     "`groups` must have 2 columns, or 18 with kernel taps, got 27": lambda: ops.patch_moments(
         X, WINDOW, ops.column_groups(3, 9, 3)
     ),

@@ -38,7 +38,7 @@ def patch_moments(
 
     Patches lie on a grid of stride `sampling_stride * strides`, padding zeros included. Where only
     channels are whitened (`groups` has no columns per tap, as always with 1x1 kernels), every
-    `prod(sampling_stride * strides)`-th pixel of the flattened, unpadded input is a sample.
+    `prod(sampling_stride * strides)`-th pixel of the flattened, unpadded input is a sample, of any rank.
 
     Args:
       x: [batch, *spatial, channels], floating point.
@@ -157,10 +157,8 @@ def sampled_rows(
       2304
     """
     check_count("sampling_stride", sampling_stride)
-    if len(shape) != geometry.ndim + 2:
-        raise ValueError(
-            f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {shape}."
-        )
+    if len(shape) < 2:
+        raise ValueError(f"`x` must be [batch, *spatial, channels], got shape {shape}.")
     columns, channels = math.prod((*groups.stat_shape, groups.groups, groups.width)), shape[-1]
     if columns not in (channels, channels * geometry.taps):
         raise ValueError(
@@ -170,6 +168,10 @@ def sampled_rows(
     strides = [s * sampling_stride for s in geometry.strides]
     if _pointwise(groups, shape[-1]):
         return -(-shape[0] * math.prod(shape[1:-1]) // math.prod(strides)) * groups.groups
+    if len(shape) != geometry.ndim + 2:
+        raise ValueError(
+            f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {shape}."
+        )
     out = geometry.out_shape(shape[1:-1], strides)
     return shape[0] * math.prod(out) * groups.groups
 
