@@ -484,7 +484,7 @@ def test_a_speed_run_that_diverged_is_counted_apart(tmp_path):
     verdict, rows = speedruns(tmp_path, *runs, ("airbench-batch-epochs8", 0, None))
     assert verdict.seeds == "1"
     assert rows[0] == "| airbench | batch norm | 8 |  | 0, 1 diverged |  |"
-    assert rows[1].startswith("| airbench | deconvolution | 8 | 92.00 | 1, 1 diverged | 9 (")
+    assert rows[1].startswith("| airbench | deconvolution | 8 | 92.00 | 1, 1 diverged | 9, ")
 
 
 def test_a_condition_that_always_diverged_is_in_the_table_of_the_ablation(tmp_path):

@@ -248,7 +248,7 @@ def cost(runs: Sequence[Result]) -> str:
     """Return the median seconds of a run, and on what."""
     devices = {device(run["device"]) for run in runs}
     seconds = statistics.median(run["seconds"] for run in runs)
-    return f"{seconds:.0f} ({listed(devices)})"
+    return f"{seconds:.0f}, {listed(devices)}"
 
 
 def _column(

@@ -35,5 +35,11 @@ def listed(names: Iterable[str]) -> str:
 
 
 def device(name: str) -> str:
-    """Return a record's device as a reader would write it."""
-    return name.replace("(R)", "").replace(", 1 cores", ", 1 core")
+    """Return a record's device as a reader would write it.
+
+    Example:
+      >>> device("Intel(R) Xeon(R) Processor, 1 cores")
+      'Intel Xeon Processor (1 core)'
+    """
+    name, _, cores = name.replace("(R)", "").partition(", ")
+    return f"{name} ({counted(int(cores.split()[0]), 'core')})" if cores else name
