@@ -1,5 +1,7 @@
 """`netdeconv_jax.analysis`: every figure against one that can be worked out by hand."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,10 @@ import pytest
 
 from netdeconv_jax import analysis, ops
 from netdeconv_jax.analysis import figures
+
+ANY: Any = lambda wrong: wrong  # noqa: E731, for arguments that a type checker would refuse
+WINDOW, GROUPS = ops.window((3, 3)), ops.column_groups(2, 9, 2)
+STATISTICS = np.zeros(18, np.float32), np.eye(18, dtype=np.float32)
 
 
 def patches_covariance(rng, channels=2, taps=9):
@@ -43,15 +49,80 @@ def test_block_correlation_tells_pixels_from_channels():
     assert found.across == pytest.approx((0.25 + 2 * 0.125) / 3)
 
 
-@pytest.mark.parametrize("channels", [1, 4, 6])
+@pytest.mark.parametrize("channels", [0, 1, 4, 6])
 def test_columns_that_are_no_patches_are_refused(channels):
     with pytest.raises(ValueError, match="`channels`"):
         analysis.block_correlation(np.eye(6), channels)
 
 
-def test_a_matrix_that_is_not_square_is_refused():
-    with pytest.raises(ValueError, match="shape"):
-        analysis.spectrum(np.ones((2, 3)))
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (
+            ValueError,
+            r"`cov` must be \[..., d, d\], got shape \(2, 3\)",
+            lambda: analysis.spectrum(np.ones((2, 3))),
+        ),
+        (
+            ValueError,
+            r"`cov` must be \[d, d\], got shape \(3, 2, 2\)",
+            lambda: analysis.condition(np.ones((3, 2, 2))),
+        ),
+        (
+            ValueError,
+            r"`whitener` must be of the size of `cov`, \(2, 2\), got shape \(3, 3\)",
+            lambda: analysis.whitened_covariance(np.eye(2), np.eye(3)),
+        ),
+        (
+            ValueError,
+            r"`cov` must be \[d, d\], got shape \(1, 4, 4\)",
+            lambda: analysis.block_correlation(np.ones((1, 4, 4)), 2),
+        ),
+        (
+            TypeError,
+            "`channels` must be an int, got 'a'",
+            lambda: analysis.block_correlation(np.eye(6), ANY("a")),
+        ),
+        (
+            ValueError,
+            r"`x` must be .* with 2 spatial axes, got shape \(4, 4, 2\)",
+            lambda: analysis.deconvolved(np.ones((4, 4, 2)), *STATISTICS, WINDOW, GROUPS),
+        ),
+        (
+            TypeError,
+            "`x` must be floating point, got uint8",
+            lambda: analysis.deconvolved(
+                np.ones((1, 4, 4, 2), np.uint8), *STATISTICS, WINDOW, GROUPS
+            ),
+        ),
+        (
+            ValueError,
+            r"`groups` must divide the 27 columns of 3 channels .* got ColumnGroups.* of 18",
+            lambda: analysis.deconvolved(np.ones((1, 4, 4, 3)), *STATISTICS, WINDOW, GROUPS),
+        ),
+        (
+            ValueError,
+            r"`groups` must divide the 36 columns of 4 channels .* got ColumnGroups.* of 18",
+            lambda: analysis.whitening_filters(np.eye(18), (3, 3), 4, GROUPS),
+        ),
+        (
+            ValueError,
+            "`groups` must have one feature group, got 2",
+            lambda: analysis.whitening_filters(
+                np.ones((2, 9, 9)), (3, 3), 2, ops.column_groups(2, 9, 2, feature_group_count=2)
+            ),
+        ),
+    ],
+)
+def test_a_bad_argument_is_refused_by_name(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_stacks_of_matrices_are_taken_where_the_result_is_one_too():
+    stack = np.stack([np.eye(2), 4 * np.eye(2)])
+    assert analysis.spectrum(stack).tolist() == [[1, 1], [4, 4]]
+    assert analysis.whitened_covariance(stack, np.eye(2)).tolist() == stack.tolist()
 
 
 def test_sparseness_is_that_of_known_distributions():
@@ -94,6 +165,19 @@ def test_an_input_is_deconvolved_as_its_patches_are(kind):
     sharp = groups.join(jnp.einsum("...i,ij->...j", rows, whitener)).reshape(2, 5, 6, 4, 9)
     found = analysis.deconvolved(x, moments.mean, whitener, window, groups)
     np.testing.assert_allclose(found, sharp[..., 4], atol=2e-5)
+
+
+def test_feature_groups_are_deconvolved_one_by_one():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 6, 4)), jnp.float32)
+    mean, whitener = (jnp.asarray(rng.normal(size=(2, *s)), jnp.float32) for s in [(18,), (18, 18)])
+    groups = ops.column_groups(4, 9, 64, feature_group_count=2)
+    found = analysis.deconvolved(x, mean, whitener, WINDOW, groups)
+    alone = [
+        analysis.deconvolved(part, mean[i], whitener[i], WINDOW, GROUPS)
+        for i, part in enumerate(jnp.split(x, 2, axis=-1))
+    ]
+    np.testing.assert_allclose(found, jnp.concatenate(alone, -1), atol=1e-4)
 
 
 def test_whitening_filters_are_the_columns_of_the_whitener():

@@ -630,6 +630,8 @@ def test_errors_name_the_argument():
         deconvolve(Tutorial(), 64)  # pyright: ignore
     with pytest.raises(TypeError, match="`model` must be a Linen module where `spec` is given"):
         deconvolve(SPEC, SPEC)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"`use_running_average` must be True, .* got 'x'"):
+        deconvolve(Tutorial(), use_running_average="x")  # pyright: ignore
     for name in ("dense", "keep"):
         with pytest.raises(TypeError, match=f"`{name}` must be a pattern of paths or several"):
             deconvolve(Tutorial(), **{name: 3})  # pyright: ignore

@@ -115,6 +115,8 @@ def test_a_module_that_is_none_of_the_zoo_needs_an_input():
         fold(Net(), {"params": {}})
     with pytest.raises(ValueError, match="`variables` must be those of the Linen module"):
         fold(Net())  # pyright: ignore
+    with pytest.raises(TypeError, match="`variables` must be nested dicts of arrays, got str"):
+        fold(Net(), "x")  # pyright: ignore
 
 
 def test_stacked_layers_are_refused():

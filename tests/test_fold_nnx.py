@@ -167,6 +167,8 @@ def test_what_cannot_be_folded_is_refused():
         fold(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), {})  # pyright: ignore
     with pytest.raises(TypeError, match="`model` must be a Linen or an NNX module, got dict"):
         fold({})  # pyright: ignore
+    with pytest.raises(TypeError, match="`model` must be a Linen or an NNX module, got NoneType"):
+        fold(None, {}, jnp.ones((1, 4)))  # pyright: ignore
 
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):

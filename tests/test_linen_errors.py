@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from netdeconv_jax import ChannelDeconv, DeconvConv, DeconvDense, WhiteningSpec
-from netdeconv_jax.whitening import Chebyshev, Eigh
+from netdeconv_jax import (
+    ChannelDeconv,
+    DeconvConv,
+    DeconvConvTranspose,
+    DeconvDense,
+    WhiteningSpec,
+)
+from netdeconv_jax.whitening import Chebyshev, ChebyshevRidge, Eigh
 
-X = jnp.ones((2, 8, 8, 4))
+X, KEY = jnp.ones((2, 8, 8, 4)), jax.random.key(0)
 
 BAD_SETTINGS = {
     "block size 0": (ValueError, r"`block_size` .* got 0\.", {"block_size": 0}),
@@ -57,6 +63,72 @@ def test_dense_and_channel_layers_refuse_bad_settings_too():
         DeconvDense(8, block_size=0)
     with pytest.raises(ValueError, match=r"`block_size` .* got 0"):
         ChannelDeconv(block_size=0)
+
+
+LAYERS: dict[str, Any] = {
+    "conv": lambda **k: DeconvConv(8, (3, 3), **k),
+    "transposed": lambda **k: DeconvConvTranspose(8, (3, 3), **k),
+    "dense": lambda **k: DeconvDense(8, **k),
+    "channel": lambda **k: ChannelDeconv(block_size=2, **k),
+}
+
+BAD_FIELDS = {
+    "integer dtype": (
+        TypeError,
+        r"`dtype` must be a floating point dtype, got .*int32",
+        {"dtype": jnp.int32},
+    ),
+    "no dtype": (TypeError, r"`dtype` must be .* got 'foo'\.", {"dtype": "foo"}),
+    "integer parameters": (TypeError, r"`param_dtype` .* 'int32'\.", {"param_dtype": "int32"}),
+    "average string": (
+        TypeError,
+        r"`use_running_average` must be True, False or None, got 'x'\.",
+        {"use_running_average": "x"},
+    ),
+    "average int": (TypeError, r"`use_running_average` .* got 1\.", {"use_running_average": 1}),
+    "update string": (
+        TypeError,
+        r"`update_whitener` must be True, False or None, got 'x'\.",
+        {"update_whitener": "x"},
+    ),
+    "groups without their axis": (
+        ValueError,
+        r"`axis_index_groups` .* `axis_name` .* got \[\[0, 1\]\] and None\.",
+        {"axis_index_groups": [[0, 1]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_bad_field_is_refused_when_any_layer_is_made(layer, name):
+    error, message, settings = BAD_FIELDS[name]
+    with pytest.raises(error, match=message):
+        LAYERS[layer](**settings)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_call_refuses_flags_that_are_no_bools(layer):
+    for name in ("use_running_average", "update_whitener"):
+        flags = {"use_running_average": True, name: "x"}
+        with pytest.raises(TypeError, match=f"`{name}` must be True, False or None, got 'x'"):
+            jax.eval_shape(lambda x, flags=flags: LAYERS[layer]().init(KEY, x, **flags), X)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fields_may_be_numpys_and_dtypes_names_and_groups_do_not_hinder_initialization(layer):
+    fields: Any = {"dtype": "bfloat16", "param_dtype": np.dtype("float32")}
+    fields |= {"axis_name": "data", "axis_index_groups": [[0, 1]]}
+    made = LAYERS[layer](update_whitener=np.True_, use_running_average=np.False_, **fields)
+    y, variables = jax.eval_shape(lambda x: made.init_with_output(KEY, x), X)
+    assert y.dtype == jnp.bfloat16
+    assert variables["batch_stats"]["mean"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["ridge", "tol"])
+def test_a_root_with_a_ridge_refuses_what_is_no_number(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be a number, got 'a'; a spec is static"):
+        ChebyshevRidge(**{name: "a"})  # pyright: ignore
 
 
 def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():

@@ -305,6 +305,20 @@ def test_batches_without_a_number_of_microbatches_are_refused(batches):
         accumulate(loss_of(Net()), {}, batches)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda wrong: accumulate(wrong, {}, X[None]), "`loss_fn` must be a function, got None"),
+        (lambda wrong: accumulate(loss_of(Net()), wrong, X[None]), "`variables` .* got NoneType"),
+        (lambda wrong: merge_batch_norm(wrong, wrong), "`new` .* dicts of arrays, got NoneType"),
+        (lambda wrong: merge_batch_norm({}, wrong), "`momentum` must be a number, .* got None"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(None)
+
+
 # On eight devices.
 
 

@@ -57,17 +57,38 @@ def test_a_name_like_no_other_lists_all():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("error", "settings", "message"),
     [
-        ({"norm": "layer"}, "`norm` must be one of .*'layer'"),
-        ({"layout": "mine"}, "`layout` must be one of .*'mine'"),
-        ({"num_classes": 0}, "`num_classes` must be positive, got 0"),
-        ({"width": -1.0}, "`width` must be positive, got -1.0"),
+        (ValueError, {"norm": "layer"}, "`norm` must be one of .*'layer'"),
+        (ValueError, {"layout": "mine"}, "`layout` must be one of .*'mine'"),
+        (ValueError, {"num_classes": 0}, "`num_classes` must be at least 1, got 0"),
+        (TypeError, {"num_classes": "a"}, "`num_classes` must be an int, got 'a'"),
+        (ValueError, {"width": -1.0}, "`width` must be greater than 0, got -1.0"),
+        (ValueError, {"width": math.inf}, "`width` must be finite, got inf"),
+        (TypeError, {"width": "a"}, "`width` must be a number, got 'a'"),
+        (TypeError, {"spec": "fast"}, "`spec` must be a WhiteningSpec, got 'fast'"),
+        (TypeError, {"spec": ""}, "`spec` must be a WhiteningSpec, got ''"),
+        (TypeError, {"dtype": int}, "`dtype` must be a floating point dtype, got .*int"),
+        (TypeError, {"dtype": "foo"}, "`dtype` must be a floating point dtype, got 'foo'"),
+        (TypeError, {"param_dtype": "int32"}, "`param_dtype` must be a .* dtype, got 'int32'"),
     ],
 )
-def test_a_wrong_setting_is_named(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_setting_is_named(error, settings, message):
+    with pytest.raises(error, match=message):
         models.create("lenet", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_classes": np.int64(3), "width": np.float32(0.5)},
+        {"dtype": "bfloat16", "param_dtype": jnp.bfloat16},
+        {"dtype": np.dtype("float16"), "param_dtype": float},
+    ],
+)
+def test_settings_may_be_numpys_and_dtypes_names(settings):
+    model = models.create("lenet", **settings)
+    assert {name: getattr(model, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if models.create(n).minimum_size is not None])

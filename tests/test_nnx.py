@@ -326,12 +326,64 @@ BAD_SETTINGS = {
     "strides": (ValueError, r"`strides` .* \(1, 0\)", {"strides": (1, 0)}),
 }
 
+BAD_FIELDS = {
+    "dtype": (
+        TypeError,
+        r"`dtype` must be a floating point dtype, got .*int32",
+        {"dtype": jnp.int32},
+    ),
+    "param_dtype": (TypeError, r"`param_dtype` must be .* 'int32'", {"param_dtype": "int32"}),
+    "average": (
+        TypeError,
+        r"`use_running_average` must be True, False or None, got 'x'",
+        {"use_running_average": "x"},
+    ),
+    "groups": (
+        ValueError,
+        r"`axis_index_groups` .* `axis_name` .* got \[\[0, 1\]\] and None",
+        {"axis_index_groups": [[0, 1]]},
+    ),
+}
+
+LAYERS: dict[str, Any] = {
+    "conv": lambda **k: CONV(4, 6, (3, 3), rngs=nnx.Rngs(0), **k),
+    "transposed": lambda **k: dnnx.DeconvConvTranspose(4, 6, (3, 3), rngs=nnx.Rngs(0), **k),
+    "dense": lambda **k: DENSE(4, 6, rngs=nnx.Rngs(0), **k),
+    "channel": lambda **k: dnnx.ChannelDeconv(4, block_size=2, **k),
+}
+
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
 def test_a_bad_setting_is_refused_when_the_layer_is_made(name):
     error, message, settings = BAD_SETTINGS[name]
     with pytest.raises(error, match=message):
         CONV(4, 6, (3, 3), rngs=nnx.Rngs(0), **settings)
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_bad_field_is_refused_when_any_layer_is_made(layer, name):
+    error, message, settings = BAD_FIELDS[name]
+    with pytest.raises(error, match=message):
+        LAYERS[layer](**settings)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_call_refuses_flags_that_are_no_bools(layer):
+    made = LAYERS[layer]()
+    for name in ("use_running_average", "update_whitener"):
+        wrong: Any = {name: "x"}
+        message = f"`{name}` must be True, False or None, got 'x'"
+        with pytest.raises(TypeError, match=message):
+            made(X, **wrong)
+        with pytest.raises(TypeError, match=message):
+            nnx.view(made, **wrong)(X)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fields_may_be_numpys_and_dtypes_names(layer):
+    made = LAYERS[layer](dtype="bfloat16", param_dtype=np.dtype("float32"))
+    assert made(X, np.True_, update_whitener=np.False_).dtype == jnp.bfloat16
 
 
 BAD_CALLS = {

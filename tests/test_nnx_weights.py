@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import freeze
 
 from netdeconv_jax import DeconvDense
 from netdeconv_jax import nnx as dnnx
@@ -59,6 +60,23 @@ def test_the_same_file_serves_linen(tmp_path):
     np.testing.assert_allclose(found, net.whitened(x, True), rtol=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [3, None, {}, {"params": {"kernel": np.ones(2)}}, nn.Dense(3)])
+def test_what_is_no_nnx_model_is_refused(wrong):
+    for call in (lambda: nnx_variables(wrong), lambda: nnx_update(wrong, {})):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=f"`model` must be an NNX module, got {kind}"):
+            call()
+
+
+def test_states_and_trees_of_modules_will_do_and_so_will_a_model_without_weights():
+    net: Any = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    names = {"kernel", "bias"}
+    assert set(nnx_variables(nnx.state(net))["params"]) == names  # pyright: ignore
+    assert set(nnx_variables({"a": net})["params"]["a"]) == names  # pyright: ignore
+    assert nnx_variables(nnx.Dropout(0.1)) == {}
+    nnx_update(net, freeze(nnx_variables(net)))
+
+
 def test_what_does_not_fit_is_named():
     net, variables = Net(0), nnx_variables(Net(1))
     before = nnx_variables(net)
@@ -69,4 +87,6 @@ def test_what_does_not_fit_is_named():
     wrong = {**variables["params"], "whitened": {"kernel": np.ones((3, 5)), "bias": np.ones(4)}}
     with pytest.raises(ValueError, match=r"kernel' of shape \(3, 4\), got \(3, 5\)"):
         nnx_update(net, {**variables, "params": wrong})
+    with pytest.raises(TypeError, match="`variables` must be nested dicts of arrays, got str"):
+        nnx_update(net, "x")  # pyright: ignore
     jax.tree.map(np.testing.assert_array_equal, nnx_variables(net), before)

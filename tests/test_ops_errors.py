@@ -1,5 +1,7 @@
 """What the pure functions refuse: one line that names the argument and what it was."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from netdeconv_jax import ops
+from netdeconv_jax import ops as typed
 
+ops: Any = typed  # what is given here is wrong on purpose
 WINDOW = ops.window((3, 3))
 GROUPS = ops.column_groups(channels=2, taps=9, block_size=2)
 POINTS = ops.column_groups(channels=2, taps=1, block_size=2)
@@ -132,7 +135,7 @@ def test_a_kernel_that_is_sharded_over_an_explicit_mesh_is_folded(spec):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     rng = np.random.default_rng(0)
     groups = ops.column_groups(channels=4, taps=8, block_size=2)
-    arrays = [
+    arrays: Any = [
         rng.standard_normal(s).astype(np.float32) for s in ((2, 4, 4, 6), (6,), (16,), (16, 16))
     ]
     expected = ops.fold(*arrays, groups)

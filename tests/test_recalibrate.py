@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -174,6 +175,20 @@ def test_no_batches_are_refused():
     layer, _ = LAYERS["dense"]
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         recalibrate(layer, start(layer), [], **FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("model", "variables", "message"),
+    [
+        (None, {}, "`model` must be a Linen module, .* got NoneType"),
+        (DeconvDense, {}, "`model` must be a Linen module, .* got DeconvDense"),
+        (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), {}, "`model` must be a Linen module, .* got Linear"),
+        (DeconvDense(4), None, "`variables` must be nested dicts of arrays, got NoneType"),
+    ],
+)
+def test_what_is_no_model_and_what_are_no_variables_are_refused(model, variables, message):
+    with pytest.raises(TypeError, match=message):
+        recalibrate(model, variables, PARTS, **FLAGS)
 
 
 class Twice(nn.Module):

@@ -170,6 +170,21 @@ def test_statistics_are_those_that_the_layer_meets():
     np.testing.assert_allclose(plain.apply(folded, X), model.apply(variables, X), atol=1e-4)
 
 
+@pytest.mark.parametrize("in_call", [False, True])
+def test_a_layer_that_whitens_already_may_pool_over_devices_and_be_told_in_the_call(in_call):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            pooled: Any = {"axis_name": "data", "axis_index_groups": ((0, 1), (2, 3))}
+            given, called = (None, not train) if in_call else (not train, None)
+            layer = DeconvConv(4, (1, 1), use_running_average=given, spec=SPEC, **pooled)
+            return layer(nn.Conv(4, (1, 1))(x), called)
+
+    variables = jax.jit(Net().init)(jax.random.key(0), X)
+    model, _ = warm_start(Net(), variables, [X], SPEC)  # which compares outputs
+    assert model.report(X).replaced == ("Conv_0",)
+
+
 def test_what_was_converted_and_trained_folds_to_plain_layers():
     net: Any = nn.Sequential([*sequential().layers, nn.BatchNorm(True)])
     model: Any = deconvolve(net, SPEC)

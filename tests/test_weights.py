@@ -125,6 +125,8 @@ def test_another_kind_of_file_and_none_at_all_are_named(path, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "metadata", "error", "message"),
     [
+        ("x", {}, TypeError, "`variables` must be nested dicts of arrays, got str"),
+        (None, {}, TypeError, "`variables` must be nested dicts of arrays, got NoneType"),
         ({"a/b": np.ones(1)}, {}, ValueError, "names without \"/\", got 'a/b'"),
         ({"a": {0: np.ones(1)}}, {}, TypeError, "names that are strings, got 0"),
         ({"a": [np.ones(1)]}, {}, TypeError, "must hold arrays, got list at 'a'"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from netdeconv_jax import ops
+from netdeconv_jax.ops.arguments import check_floating
 
 
 def whitening_filters(
@@ -24,6 +25,9 @@ def whitening_filters(
     Returns:
       float64 [*kernel_size, channels, channels, *kernel_size]: the filter [*kernel_size, channels] of every
       channel and tap.
+    Raises:
+      ValueError: `groups` are those of several feature groups or of other columns, or `whitener` has another
+        shape than theirs.
 
     Source: ours.
 
@@ -37,6 +41,9 @@ def whitening_filters(
       [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     """
     taps = math.prod(kernel_size)
+    if groups.feature_groups > 1:
+        raise ValueError(f"`groups` must have one feature group, got {groups.feature_groups}.")
+    _check_columns(groups, channels, taps)
     whitener = jnp.asarray(whitener)
     # One output for each column: the identity, which folding turns into the columns of D.
     outputs = jnp.eye(channels * taps, dtype=whitener.dtype)
@@ -59,7 +66,9 @@ def deconvolved(
     Returns:
       [batch, *out, channels].
     Raises:
-      ValueError: a side of the kernel is even.
+      ValueError: a side of the kernel is even, `x` has another rank than `geometry` asks for, `groups` are of
+        other columns than those of its channels, or `mean` or `whitener` has another shape than theirs.
+      TypeError: `x` is not floating point.
 
     Source: Ye et al. 2020, figures 3 and 9.
 
@@ -76,15 +85,31 @@ def deconvolved(
         raise ValueError(
             f"`geometry` must have a kernel with a middle, got {geometry.kernel_size}."
         )
-    x, whitener = jnp.asarray(x), jnp.asarray(whitener)
+    x, whitener = check_floating("x", x), jnp.asarray(whitener)
+    if x.ndim != geometry.ndim + 2:
+        raise ValueError(
+            f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {x.shape}."
+        )
     channels = x.shape[-1]
+    _check_columns(groups, channels, geometry.taps)
     middle = tuple(side // 2 for side in geometry.kernel_size)
     kernel = jnp.zeros(
         (*geometry.kernel_size, channels // groups.feature_groups, channels), whitener.dtype
     )
     kernel = kernel.at[middle].set(jnp.tile(jnp.eye(kernel.shape[-2]), groups.feature_groups))
     kernel, bias = ops.fold(kernel, None, jnp.asarray(mean), whitener, groups)
-    return geometry.convolve(x, kernel) + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    y = geometry.convolve(x, kernel, feature_group_count=groups.feature_groups)
+    return y + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _check_columns(groups: ops.ColumnGroups, channels: int, taps: int) -> None:
+    """Raise unless `groups` divide the columns of a layer's patches, or its channels alone."""
+    columns = groups.feature_groups * groups.sets * groups.groups * groups.width
+    if columns not in (channels, channels * taps):
+        raise ValueError(
+            f"`groups` must divide the {channels * taps} columns of {channels} channels and {taps} taps, or "
+            f"the channels alone, got {groups} of {columns}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

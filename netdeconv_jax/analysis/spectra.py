@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from netdeconv_jax.ops.grouping import check_count
+
 
 def spectrum(cov: Any) -> np.ndarray:
     """Return the eigenvalues of a covariance, the largest first.
@@ -24,7 +26,7 @@ def spectrum(cov: Any) -> np.ndarray:
       >>> spectrum(np.diag([1.0, 4.0])).tolist()
       [4.0, 1.0]
     """
-    cov = _square(cov)
+    cov = _square("cov", cov)
     return np.linalg.eigvalsh((cov + np.swapaxes(cov, -1, -2)) / 2)[..., ::-1]
 
 
@@ -34,7 +36,7 @@ def condition(cov: Any) -> float:
     Args:
       cov: as in `spectrum`, shape [d, d].
     Raises:
-      ValueError: `cov` is not square.
+      ValueError: `cov` is not square, or a stack of matrices.
 
     Source: ours.
 
@@ -44,7 +46,7 @@ def condition(cov: Any) -> float:
       >>> condition(np.diag([1.0, 4.0]))
       4.0
     """
-    values = spectrum(cov)
+    values = spectrum(_square("cov", cov, stack=False))
     # Below this an eigenvalue of a float64 matrix is rounding.
     floor = len(values) * np.finfo(np.float64).eps * values[0]
     return float(values[0] / values[-1]) if values[-1] > floor else float("inf")
@@ -59,7 +61,7 @@ def whitened_covariance(cov: Any, whitener: Any) -> np.ndarray:
     Returns:
       float64 [..., d, d].
     Raises:
-      ValueError: one is not square.
+      ValueError: one is not square, or they are of two sizes.
 
     Source: ours.
 
@@ -69,8 +71,12 @@ def whitened_covariance(cov: Any, whitener: Any) -> np.ndarray:
       >>> whitened_covariance(np.diag([1.0, 4.0]), np.diag([1.0, 0.5])).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """
-    whitener = _square(whitener)
-    return np.swapaxes(whitener, -1, -2) @ _square(cov) @ whitener
+    cov, whitener = _square("cov", cov), _square("whitener", whitener)
+    if cov.shape[-1] != whitener.shape[-1]:
+        raise ValueError(
+            f"`whitener` must be of the size of `cov`, {cov.shape}, got shape {whitener.shape}."
+        )
+    return np.swapaxes(whitener, -1, -2) @ cov @ whitener
 
 
 def correlation(cov: Any) -> np.ndarray:
@@ -91,7 +97,7 @@ def correlation(cov: Any) -> np.ndarray:
       >>> correlation(np.array([[4.0, 1.0], [1.0, 1.0]])).tolist()
       [[1.0, 0.5], [0.5, 1.0]]
     """
-    cov = _square(cov)
+    cov = _square("cov", cov)
     deviation = np.sqrt(np.maximum(np.diagonal(cov, axis1=-2, axis2=-1), 0))
     scale = np.where(deviation > 0, 1 / np.where(deviation > 0, deviation, 1), 0)
     return cov * scale[..., :, None] * scale[..., None, :]
@@ -129,7 +135,9 @@ def block_correlation(cov: Any, channels: int) -> BlockCorrelation:
       cov: of columns in the order (channel, tap), shape [channels * taps, channels * taps].
       channels: int >= 2.
     Raises:
-      ValueError: `cov` is not square, or `channels` does not divide its side or leaves one pixel or channel.
+      ValueError: `cov` is not square, or a stack of matrices; or `channels` does not divide its side or
+        leaves one pixel or channel.
+      TypeError: `channels` is not an int.
 
     Source: Ye et al. 2020, figure 2, in numbers.
 
@@ -139,9 +147,9 @@ def block_correlation(cov: Any, channels: int) -> BlockCorrelation:
       >>> block_correlation(np.ones((6, 6)), channels=2).across
       1.0
     """
-    cov = _square(cov)
-    taps, rest = divmod(len(cov), channels) if channels >= 2 else (0, 1)
-    if rest or taps < 2:
+    cov = _square("cov", cov, stack=False)
+    taps, rest = divmod(len(cov), check_count("channels", channels))
+    if rest or taps < 2 or channels < 2:
         raise ValueError(
             f"`channels` must be at least 2 and leave several taps of the {len(cov)} columns, got {channels}."
         )
@@ -157,8 +165,11 @@ def block_correlation(cov: Any, channels: int) -> BlockCorrelation:
     )
 
 
-def _square(matrix: Any) -> np.ndarray:
+def _square(name: str, matrix: Any, *, stack: bool = True) -> np.ndarray:
+    """Return a matrix in float64, or a stack of them, once it is known to be square."""
     matrix = np.asarray(matrix, np.float64)
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"A covariance or whitener must be [..., d, d], got shape {matrix.shape}.")
+    one = matrix.ndim == 2 or (stack and matrix.ndim > 2)
+    if not one or matrix.shape[-1] != matrix.shape[-2]:
+        form = "[..., d, d]" if stack else "[d, d]"
+        raise ValueError(f"`{name}` must be {form}, got shape {matrix.shape}.")
     return matrix

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
@@ -35,6 +36,7 @@ def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) ->
       A tree like `new`, without the leading axis.
     Raises:
       ValueError: `momentum` is not in [0, 1).
+      TypeError: `new` is no nested dict, or `momentum` neither a number nor numbers by path.
 
     Source: ours; Chan, Golub and LeVeque 1979, for the pooling.
 
@@ -45,6 +47,9 @@ def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) ->
       >>> {name: round(float(leaf), 6) for name, leaf in merge_batch_norm(new).items()}
       {'mean': 0.2, 'var': 1.1}
     """
+    check_variables("new", new)
+    if not isinstance(momentum, int | float | np.number | jax.Array | Mapping):
+        raise TypeError(f"`momentum` must be a number, or numbers by path, got {momentum!r}.")
     flat = leaves(new)
     merged = {}
     for path, leaf in flat.items():
@@ -58,6 +63,12 @@ def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) ->
                 raise ValueError(f"`momentum` must be in [0, 1), got {share}.")
             merged[path] += means.var(0) / (1 - share)
     return traverse_util.unflatten_dict(merged)
+
+
+def check_variables(name: str, variables: Any) -> None:
+    """Raise unless variables, or one collection of them, are a dict or its like, frozen or not."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"`{name}` must be nested dicts of arrays, got {type(variables).__name__}.")
 
 
 def leaves(stats: Tree) -> dict[Path, Any]:

@@ -11,6 +11,7 @@ from flax import traverse_util
 from flax.core import meta, unfreeze
 from jax import lax
 
+from netdeconv_jax.interop.batch_norm import check_variables
 from netdeconv_jax.interop.dry_run import (
     ALL,
     WHITENED,
@@ -79,7 +80,7 @@ def fold(
     Raises:
       ValueError: `x` or `variables` is missing or one too many; a layer has no statistics, is stacked by
         `nn.scan` or `nnx.vmap`, or overrides what ours does; or outputs differ by more than rounding.
-      TypeError: `model` is neither a Linen nor an NNX module.
+      TypeError: `model` is neither a Linen nor an NNX module, or `variables` are no nested dicts.
 
     Source: ours; Ye et al. 2020, section 3.4.
 
@@ -96,6 +97,7 @@ def fold(
         return _fold_nnx(model, variables, x, apply_kwargs)
     if variables is None:
         raise ValueError("`variables` must be those of the Linen module `model`, got None.")
+    check_variables("variables", variables)
     plain = unfreeze(meta.unbox(dict(variables)))
     collections = {name: _leaves(tree) for name, tree in plain.items()}
     params, stats = collections.get("params", {}), collections.get("batch_stats", {})
@@ -153,8 +155,14 @@ def _network(
 
 def _fold_nnx(model, variables, x, call_kwargs):
     # A quarter of a second that who uses Linen does not wait for.
+    from flax import nnx
+
     from netdeconv_jax.interop.fold_nnx import fold_nnx
 
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be a Linen or an NNX module, got {type(model).__name__}: {model!r:.60}."
+        )
     if variables is not None:
         raise ValueError(
             "`variables` must be None for an NNX module, which holds its own; give `x=`."

@@ -107,13 +107,8 @@ class PlainConvTranspose(_Plain, nnx.Module):
         )
 
 
-def fold_nnx(model: Any, x: Any = None, **call_kwargs: Any) -> Any:
+def fold_nnx(model: nnx.Module, x: Any = None, **call_kwargs: Any) -> Any:
     """Return a copy of `model` with plain layers, in evaluation mode; `fold` says more."""
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"`model` must be a Linen or an NNX module, got {type(model).__name__}: {model!r:.60}."
-        )
-
     copy = nnx.clone(model)
     wrapped = wrapped_kernels(copy)
 

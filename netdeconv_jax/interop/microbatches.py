@@ -9,6 +9,7 @@ from flax.core import unfreeze
 from jax import lax
 
 from netdeconv_jax.interop.batch_norm import (
+    check_variables,
     laid_over,
     merge_batch_norm,
     momenta,
@@ -56,6 +57,7 @@ def accumulate(
       ValueError: `batches` has no arrays, or their first axes differ; or a batch norm's momentum is not to
         be found (its trace was cached by a `jit` inside `loss_fn`); or there are several microbatches, and
         one batch norm is called more than once in a pass, as seen outside of `nn.remat` and the like.
+      TypeError: `loss_fn` is no function, or `variables` are no nested dicts.
 
     Source: ours; Chan, Golub and LeVeque 1979, for the pooling.
 
@@ -72,6 +74,9 @@ def accumulate(
       >>> y.shape, [round(m, 3) for m in batch_stats["mean"].tolist()]
       ((3, 4, 1), [1.1, 1.2])
     """
+    if not callable(loss_fn):
+        raise TypeError(f"`loss_fn` must be a function, got {loss_fn!r:.60}.")
+    check_variables("variables", variables)
     count = _microbatches(batches)
     first = jax.tree.map(lambda leaf: leaf[0], batches)
     if count == 1:

@@ -1,10 +1,12 @@
 """What an NNX model has learnt as the variables of Flax Linen, and back: the way to and from weight files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from flax import traverse_util
+
+from netdeconv_jax.interop.batch_norm import check_variables
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -23,6 +25,8 @@ def nnx_variables(model: "nnx.Module") -> dict[str, dict[str, Any]]:
       model: an NNX module.
     Returns:
       Nested dicts of arrays. A variable that is shared stands where it is found first.
+    Raises:
+      TypeError: `model` is no NNX module.
 
     Source: ours.
 
@@ -40,7 +44,7 @@ def nnx_variables(model: "nnx.Module") -> dict[str, dict[str, Any]]:
       >>> bool((other.layers[0].kernel[...] == model.layers[0].kernel[...]).all())
       True
     """
-    leaves = {leaf: variable[...] for leaf, variable in _variables(model)}
+    leaves = {leaf: variable[...] for leaf, variable in _variables(model).items()}
     return traverse_util.unflatten_dict(leaves)
 
 
@@ -52,6 +56,7 @@ def nnx_update(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
       variables: `params` and `batch_stats` as `nnx_variables` returns them, all of the model's and no others.
     Raises:
       ValueError: names are missing or unknown, or a shape is another; the first of them is named.
+      TypeError: `model` is no NNX module, or `variables` are no nested dicts.
 
     Source: ours.
 
@@ -61,8 +66,9 @@ def nnx_update(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
       >>> model, other = (nnx.Linear(2, 3, rngs=nnx.Rngs(seed)) for seed in (0, 1))
       >>> nnx_update(model, nnx_variables(other))
     """
+    known = _variables(model)
+    check_variables("variables", variables)
     given: Any = traverse_util.flatten_dict(dict(variables))
-    known = dict(_variables(model))
     for what, names in (("lack", known.keys() - given), ("have an unknown", given.keys() - known)):
         if names:
             raise ValueError(f"`variables` {what} {'/'.join(map(str, min(names)))!r}.")
@@ -76,11 +82,15 @@ def nnx_update(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
         variable.set_value(jnp.asarray(given[leaf], variable.dtype))
 
 
-def _variables(model: "nnx.Module") -> Iterator[tuple[Leaf, Any]]:
-    """Every parameter and running statistic, once."""
+def _variables(model: "nnx.Module") -> dict[Leaf, Any]:
+    """Every parameter and running statistic, once; also of a state, or of a dict of modules."""
     from flax import nnx
 
+    found = {}
     for path, node in nnx.iter_graph(model):
         for kind, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
             if isinstance(node, kind):
-                yield (collection, *map(str, path)), node
+                found[(collection, *map(str, path))] = node
+    if not found and not isinstance(model, nnx.Module | nnx.State):
+        raise TypeError(f"`model` must be an NNX module, got {type(model).__name__}.")
+    return found

@@ -11,7 +11,13 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import unfreeze
 
-from netdeconv_jax.interop.batch_norm import laid_over, leaves, momenta, shares_left
+from netdeconv_jax.interop.batch_norm import (
+    check_variables,
+    laid_over,
+    leaves,
+    momenta,
+    shares_left,
+)
 from netdeconv_jax.linen import (
     ChannelDeconv,
     DeconvConv,
@@ -61,6 +67,7 @@ def recalibrate(
       A dict like `variables`; `variables` themselves if there are no `batch_stats`.
     Raises:
       ValueError: `batches` is empty, or one batch itself; or `apply_kwargs` hold what cannot be hashed.
+      TypeError: `model` is no Linen module, or `variables` are no nested dicts.
 
     Source: ours; Wu and Johnson 2021 ("Rethinking Batch in BatchNorm"), for batch norm.
 
@@ -74,6 +81,12 @@ def recalibrate(
       >>> [round(m, 3) for m in new["batch_stats"]["mean"].tolist()]
       [11.0, 12.0]
     """
+    if isinstance(model, type) or not callable(getattr(model, "apply", None)):
+        raise TypeError(
+            "`model` must be a Linen module, or what `deconvolve` makes of one, got "
+            f"{model.__name__ if isinstance(model, type) else type(model).__name__}."
+        )
+    check_variables("variables", variables)
     if not jax.tree.leaves(variables.get("batch_stats", {})):
         return dict(variables)
     flags, arrays = _parted({"train": True} if apply_kwargs is None else apply_kwargs)

@@ -11,6 +11,8 @@ import numpy as np
 from flax import traverse_util
 from flax.core import meta, unfreeze
 
+from netdeconv_jax.interop.batch_norm import check_variables
+
 # What the format itself has no place for: which collections are empty, which metadata were not strings.
 _OWN = "netdeconv_jax"
 
@@ -49,8 +51,9 @@ def save_weights(
       variables: nested dicts of arrays, NumPy's or JAX's, all of them on this host; also empty ones.
       metadata: texts, or dicts (a config) that are kept as JSON, in which tuples become lists.
     Raises:
-      TypeError: a name that is not a string, a leaf that is not an array or number, or a dtype that the
-        format does not know; or metadata that are neither text nor made of what JSON knows.
+      TypeError: `variables` are no nested dicts; a name that is not a string, a leaf that is not an array or
+        number, or a dtype that the format does not know; or metadata that are neither text nor made of what
+        JSON knows.
       ValueError: a name contains "/", or a metadata name is `netdeconv_jax`, our own.
       FileNotFoundError: the folder of `path` does not exist.
       OSError: the disk does not take it.
@@ -143,7 +146,8 @@ def _safetensors() -> Any:
 
 def _flatten(variables: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[list[str]]]:
     """Return the leaves by joined name, and the paths of empty dicts."""
-    plain = unfreeze(meta.unbox(variables))
+    check_variables("variables", variables)
+    plain = unfreeze(meta.unbox(dict(variables)))
     flat: dict[tuple[Any, ...], Any] = traverse_util.flatten_dict(plain, keep_empty_nodes=True)
     arrays, empty = {}, []
     for names, value in flat.items():

@@ -43,6 +43,7 @@ from netdeconv_jax.whitening.layer import (
     check_input,
     check_kernel,
     check_mean,
+    check_settings,
     layer_spec,
     running_average_wanted,
     statistics_dtype,
@@ -75,7 +76,16 @@ class _Whitened(nn.Module):
     method: str | None = None
 
     def __post_init__(self):
-        self.resolved_spec()  # so that a bad setting is refused here, not when the model first runs
+        # So that a bad setting is refused here, not when the model first runs.
+        self.resolved_spec()
+        check_settings(
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_running_average=self.use_running_average,
+            update_whitener=self.update_whitener,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+        )
         super().__post_init__()
 
     @nn.nowrap
@@ -271,6 +281,10 @@ class DeconvConv(_Deconvolved):
       local_norm: `"layer"` to centre each sample and divide it by its own deviation, over its pixels and
         channels, before statistics are taken; pixels that `mask` weighs 0 are left out, in evaluation too.
 
+    Raises:
+      ValueError: a setting is out of range, or `axis_index_groups` are given without `axis_name`.
+      TypeError: a setting is of the wrong type, or `dtype` or `param_dtype` not floating point.
+
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
 
     Example:
@@ -324,7 +338,7 @@ class DeconvConv(_Deconvolved):
         Raises:
           ValueError: wrong rank, no channels, channels that do not fit the kernel or the feature groups,
             an input smaller than the kernel, or `use_running_average` given twice or never.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._merge_use_running_average(use_running_average)
         spec = self.resolved_spec()
@@ -377,6 +391,9 @@ class DeconvConvTranspose(_Deconvolved):
       use_running_average, update_whitener, axis_name, axis_index_groups, spec and below: as `DeconvConv`;
         statistics see every `sampling_stride`-th window of each phase.
 
+    Raises:
+      ValueError, TypeError: as `DeconvConv`.
+
     Source: ours.
 
     Example:
@@ -428,7 +445,7 @@ class DeconvConvTranspose(_Deconvolved):
         Raises:
           ValueError: wrong rank, no channels, channels that do not fit the kernel, or `use_running_average`
             given twice or never.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._merge_use_running_average(use_running_average)
         spec = self.resolved_spec()
@@ -483,6 +500,9 @@ class DeconvDense(_Deconvolved):
         without `spec` the block size is 512. Sampling and grouping of a `spec` do not apply: all samples
         are seen. What `local_norm` normalizes is each vector along the last axis.
 
+    Raises:
+      ValueError, TypeError: as `DeconvConv`.
+
     Source: Delinear of the original code.
 
     Example:
@@ -525,7 +545,7 @@ class DeconvDense(_Deconvolved):
         Raises:
           ValueError: no features, features that do not fit the kernel, or `use_running_average` given
             twice or never.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._merge_use_running_average(use_running_average)
         spec = self.resolved_spec()
@@ -574,6 +594,9 @@ class ChannelDeconv(_Whitened):
       param_dtype: statistics are kept in `promote_types(float32, param_dtype)`.
       use_running_average, update_whitener, axis_name, axis_index_groups: as `DeconvConv`.
 
+    Raises:
+      ValueError, TypeError: as `DeconvConv`.
+
     Source: ChannelDeconv of the original code, with its covariance centred.
 
     Example:
@@ -616,7 +639,7 @@ class ChannelDeconv(_Whitened):
         Raises:
           ValueError: no channels, another block than initialized, or `use_running_average` given twice
             or never.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._merge_use_running_average(use_running_average)
         check_input(x, min_ndim=2)

@@ -9,7 +9,10 @@ from flax import linen as nn
 
 from netdeconv_jax.models.initializers import PYTORCH, Initializers
 from netdeconv_jax.models.units import LAYOUTS, NORMS, Units
+from netdeconv_jax.ops.arguments import check_number
+from netdeconv_jax.ops.grouping import check_count
 from netdeconv_jax.whitening import WhiteningSpec
+from netdeconv_jax.whitening.layer import check_dtypes, check_spec
 
 
 class Network(nn.Module):
@@ -35,6 +38,8 @@ class Network(nn.Module):
 
     Raises:
       ValueError: an unknown `norm` or `layout`, or a `num_classes` or `width` that is not positive.
+      TypeError: `num_classes` is not an int, `width` not a number, `spec` no `WhiteningSpec`, or `dtype` or
+        `param_dtype` not floating point.
 
     Source: ours.
 
@@ -70,9 +75,10 @@ class Network(nn.Module):
         for name, allowed in {"norm": NORMS, "layout": LAYOUTS}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in ("num_classes", "width"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        check_count("num_classes", self.num_classes)
+        check_number("width", self.width, above=0)
+        check_spec(self.spec)
+        check_dtypes(self.dtype, self.param_dtype)
         super().__post_init__()
 
     def units(self, x: jax.Array, train: bool, update_whitener: bool = True) -> Units:

@@ -171,6 +171,8 @@ def create(
       width, channels].
     Raises:
       ValueError: an unknown `name`, `norm` or `layout`, or a `num_classes` or `width` that is not positive.
+      TypeError: `num_classes` is not an int, `width` not a number, `spec` no `WhiteningSpec`, or `dtype` or
+        `param_dtype` not floating point.
 
     Source: Ye et al. 2020, section 4; stems and overrides of the original code.
 
@@ -185,7 +187,7 @@ def create(
     return info(name).make(
         num_classes=num_classes,
         norm=norm,
-        spec=spec or WhiteningSpec(),
+        spec=WhiteningSpec() if spec is None else spec,
         layout=layout,
         width=width,
         dtype=dtype,

@@ -30,6 +30,7 @@ from netdeconv_jax.whitening.layer import (
     check_input,
     check_kernel,
     check_mean,
+    check_settings,
     layer_spec,
     running_average_wanted,
     statistics_dtype,
@@ -93,6 +94,14 @@ class _Whitened(nnx.Module):
     """What the layers of this file have in common: the settings, and which statistics a call uses."""
 
     def __init__(self, spec, use_running_average, dtype, param_dtype, axis_name, axis_index_groups):
+        check_settings(
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_running_average=use_running_average,
+            update_whitener=None,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
         if axis_index_groups is not None:  # hashable, as static attributes must be
             axis_index_groups = tuple(map(tuple, axis_index_groups))
         self.spec = spec
@@ -216,6 +225,10 @@ class DeconvConv(_Deconvolved):
 
     The attribute `update_whitener`, True, is `netdeconv_jax.DeconvConv`'s: `nnx.view(model,
     update_whitener=False)` is the same model in the steps that reuse its running statistics.
+
+    Raises:
+      ValueError: a setting is out of range, or `axis_index_groups` are given without `axis_name`.
+      TypeError: a setting is of the wrong type, or `dtype` or `param_dtype` not floating point.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.
 
@@ -347,7 +360,7 @@ class DeconvConv(_Deconvolved):
         Raises:
           ValueError: wrong rank, other channels than `in_features`, an input smaller than the kernel, or
             `use_running_average` given nowhere.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=self.geometry.ndim + 1)
@@ -389,6 +402,9 @@ class DeconvConvTranspose(_Deconvolved):
         precision, kernel_init, bias_init, transpose_kernel, promote_dtype, preferred_element_type, rngs,
         kernel_metadata, bias_metadata: as `nnx.ConvTranspose`.
       use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`.
+
+    Raises:
+      ValueError, TypeError: as `DeconvConv`.
 
     Source: ours.
 
@@ -511,7 +527,7 @@ class DeconvConvTranspose(_Deconvolved):
           [*batch, *out, out_features].
         Raises:
           ValueError: wrong rank, other channels than `in_features`, or `use_running_average` given nowhere.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=self.geometry.ndim + 1)
@@ -553,6 +569,9 @@ class DeconvDense(_Deconvolved):
       use_running_average, axis_name, axis_index_groups, spec and below: as `DeconvConv`; without `spec`
         the block size is 512. Sampling and grouping of a `spec` do not apply: all samples are seen. What
         `local_norm` normalizes is each vector along the last axis.
+
+    Raises:
+      ValueError, TypeError: as `DeconvConv`.
 
     Source: Delinear of the original code.
 
@@ -662,7 +681,7 @@ class DeconvDense(_Deconvolved):
           [..., out_features].
         Raises:
           ValueError: other features than `in_features`, or `use_running_average` given nowhere.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=1)
@@ -704,6 +723,9 @@ class ChannelDeconv(_Whitened):
       block_size, eps, epsilon, num_iters, momentum, sampling_stride, method: as
         `netdeconv_jax.ChannelDeconv`.
       rngs: taken as `nnx.BatchNorm` takes it; there is nothing to draw.
+
+    Raises:
+      ValueError, TypeError: as `DeconvConv`.
 
     Source: ChannelDeconv of the original code, with its covariance centred.
 
@@ -781,7 +803,7 @@ class ChannelDeconv(_Whitened):
           An array of the shape of `x`.
         Raises:
           ValueError: other channels than `num_features`, or `use_running_average` given nowhere.
-          TypeError: `x` is not floating point.
+          TypeError: `x` is not floating point, or `use_running_average` or `update_whitener` no bool.
         """
         use_running_average = self._wanted(use_running_average)
         check_input(x, min_ndim=2)

@@ -56,13 +56,14 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> float:
     """Return `value` as a float, once it is known to be finite and at least 0, or greater than `above`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    value = float(value)
     if above is None and not value >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}.")
     if above is not None and not value > above:
         raise ValueError(f"`{name}` must be greater than {above:g}, got {value}.")
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value}.")
-    return float(value)
+    return value
 
 
 def check_broadcastable(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from netdeconv_jax.whitening.layer import layer_spec
+from netdeconv_jax.whitening.layer import check_flag, layer_spec
 from netdeconv_jax.whitening.spec import WhiteningSpec
 from netdeconv_jax.whitening.strategies import Contiguous
 
@@ -173,10 +173,11 @@ def rules(
     """Return checked `Rules`.
 
     Raises:
-      TypeError: `spec`, `dense` or `keep` is of the wrong type.
+      TypeError: `spec`, `dense`, `keep` or `use_running_average` is of the wrong type.
       ValueError: a pattern is empty.
     """
     layer_spec(spec, WhiteningSpec())
+    check_flag("use_running_average", use_running_average)
     if isinstance(axis_name, list):
         axis_name = tuple(axis_name)  # rules are hashed
     if not isinstance(dense, bool) and not callable(dense):

@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from netdeconv_jax.ops.arguments import check_float_dtype
 from netdeconv_jax.whitening.spec import WhiteningSpec
 
 Shape = tuple[int, ...]
@@ -24,13 +26,57 @@ def layer_spec(
       TypeError: `spec` is no `WhiteningSpec`, or a setting is of the wrong type.
       ValueError: both `eps` and `epsilon` are given, or a setting is out of range.
     """
-    if spec is not None and not isinstance(spec, WhiteningSpec):
-        raise TypeError(f"`spec` must be a WhiteningSpec, got {spec!r}.")
+    if spec is not None:
+        check_spec(spec)
     if eps is not None and epsilon is not None:
         raise ValueError(f"`epsilon` is another name for `eps`; give one, got {epsilon} and {eps}.")
     settings["eps"] = epsilon if eps is None else eps
     given = {name: value for name, value in settings.items() if value is not None}
     return (defaults if spec is None else spec).replace(**given)
+
+
+def check_spec(spec: WhiteningSpec) -> None:
+    """Raise unless `spec` is a `WhiteningSpec`."""
+    if not isinstance(spec, WhiteningSpec):
+        raise TypeError(f"`spec` must be a WhiteningSpec, got {spec!r}.")
+
+
+def check_dtypes(dtype: Any, param_dtype: Any) -> None:
+    """Raise unless the dtypes of computation and of parameters are floating point, or None."""
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
+        if value is not None:
+            check_float_dtype(name, value)
+
+
+def check_flag(name: str, value: bool | None) -> None:
+    """Raise unless `value` is a bool, Python's or NumPy's, or None."""
+    if value is not None and not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True, False or None, got {value!r}.")
+
+
+def check_settings(
+    *,
+    dtype: Any,
+    param_dtype: Any,
+    use_running_average: bool | None,
+    update_whitener: bool | None,
+    axis_name: Any,
+    axis_index_groups: Any,
+) -> None:
+    """Raise unless the settings that no spec holds are such as a layer can have.
+
+    Raises:
+      TypeError: a dtype is not floating point, or a flag neither a bool nor None.
+      ValueError: `axis_index_groups` is given without `axis_name`.
+    """
+    check_dtypes(dtype, param_dtype)
+    check_flag("use_running_average", use_running_average)
+    check_flag("update_whitener", update_whitener)
+    if axis_name is None and axis_index_groups is not None:
+        raise ValueError(
+            "`axis_index_groups` must come with the `axis_name` whose devices they divide, got "
+            f"{axis_index_groups} and None."
+        )
 
 
 def running_average_wanted(
@@ -43,7 +89,10 @@ def running_average_wanted(
       overrides: whether the call's argument goes before the constructor's; if not, both are one too many.
     Raises:
       ValueError: neither is given, or both where that is one too many.
+      TypeError: one is neither a bool nor None.
     """
+    check_flag("use_running_average", constructor)
+    check_flag("use_running_average", argument)
     neither = constructor is None and argument is None
     if neither or not (overrides or constructor is None or argument is None):
         raise ValueError(
@@ -62,7 +111,10 @@ def whitener_update_wanted(
       constructor, argument, overrides: as `running_average_wanted`.
     Raises:
       ValueError: both are given where that is one too many.
+      TypeError: one is neither a bool nor None.
     """
+    check_flag("update_whitener", constructor)
+    check_flag("update_whitener", argument)
     if not (overrides or constructor is None or argument is None):
         raise ValueError(
             "`update_whitener` must be given to the constructor or in the call, not to both; got "

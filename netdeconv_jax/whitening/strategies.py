@@ -100,6 +100,10 @@ class Chebyshev:
 class ChebyshevRidge:
     """What `Eigh(ridge)` gives, to a relative `tol`, in matrix products alone: `ops.chebyshev_ridge`.
 
+    Raises:
+      ValueError: `ridge` or `tol` is not positive, no polynomial is that near, or `precision` is unknown.
+      TypeError: `ridge` or `tol` is not a number.
+
     Source: ours.
 
     Example:
@@ -114,6 +118,8 @@ class ChebyshevRidge:
 
     def __post_init__(self):
         roots.check_precision(self.precision)
+        check_number("ridge", self.ridge)
+        check_number("tol", self.tol)
         polynomial.ridge_coefficients(self.ridge, self.tol)
 
     def __call__(self, cov: jax.Array) -> jax.Array:
