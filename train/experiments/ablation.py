@@ -137,8 +137,8 @@ SERIES = {
 SHOWN = (
     "Two epochs reward whitening that does not go all the way: fewer iterations, fewer patches, smaller "
     "blocks. That set `WhiteningSpec.fast()`: three iterations, blocks of 16, sixteen rows for each "
-    "dimension. The default stays the paper's: after ten epochs it is level with `fast()` (`ablation10`), and "
-    "at full width after twenty ahead of it (`race`), one seed each."
+    "dimension. The default stays the paper's: after ten epochs it is level with `fast()` (`ablation10`), "
+    "and at full width after twenty ahead of it (`race`), one seed each."
 )
 _CHOSEN = "Three iterations were chosen by seeds 0 and 1 of 2 epochs."
 CLAIMS = {
