@@ -338,11 +338,6 @@ BAD_FIELDS = {
         r"`use_running_average` must be True, False or None, got 'x'",
         {"use_running_average": "x"},
     ),
-    "groups": (
-        ValueError,
-        r"`axis_index_groups` .* `axis_name` .* got \[\[0, 1\]\] and None",
-        {"axis_index_groups": [[0, 1]]},
-    ),
 }
 
 LAYERS: dict[str, Any] = {

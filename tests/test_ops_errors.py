@@ -26,14 +26,11 @@ def fold(kernel=None, bias=None, groups=POINTS, **more):
 
 TYPES = {
     "`kernel` must be floating point, got int32": lambda: fold(np.ones((1, 1, 2, 3), np.int32)),
-    "`bias` must be floating point, got int32": lambda: fold(bias=[1, 2, 3]),
     "`groups` must be a ColumnGroups, got None": lambda: fold(groups=None),
     "`dtype` must be a floating point dtype, got <class 'int'>": lambda: fold(dtype=int),
-    "`x` must be floating point, got int32": lambda: ops.moments(np.ones((3, 2), np.int32)),
     "`dtype` must be a floating point dtype, got 'int8'": lambda: ops.moments(EYE, dtype="int8"),
     "`axes` must be a sequence of ints, got 0": lambda: ops.moments(EYE, axes=0),
     "`axes` must be a sequence of ints, got '0'": lambda: ops.moments(EYE, axes="0"),
-    "`weights` must be floating point, got bool": lambda: ops.moments(EYE, np.ones(2, bool)),
     "`x` must be floating point, got int8": lambda: ops.local_norm(
         np.ones((1, 2), np.int8), axes=(1,)
     ),
@@ -49,6 +46,10 @@ TYPES = {
     "`ridge` must be a number, got 'a'": lambda: ops.eigh(EYE, ridge="a"),
     "`ridge` must be a number, got True": lambda: ops.chebyshev_ridge(EYE, ridge=True),
     "`tol` must be a number, got 'x'": lambda: ops.chebyshev(EYE, tol="x"),
+    "`geometry` must be a Window, got None": lambda: ops.patch_moments(X, None, GROUPS),
+    "`groups` must be a ColumnGroups, got None; patches": lambda: ops.patch_moments(
+        X, WINDOW, None
+    ),
     "`num_iters` must be a static int, got 1.5": lambda: ops.inverse_sqrt(
         EYE, method="eigh", num_iters=1.5
     ),
@@ -63,13 +64,13 @@ VALUES = {
     "`axes` must be from 0 to 0, got (1,)": lambda: ops.moments(EYE, axes=(1,)),
     "`axes` must be from 0 to 0, got (-1,)": lambda: ops.moments(EYE, axes=(-1,)),
     "`axes` must not name an axis twice, got (0, 0)": lambda: ops.moments(EYE, axes=(0, 0)),
-    "`weights` must be broadcastable to (2,), of the same rank, got (3,)": lambda: ops.moments(
-        EYE, np.ones(3)
-    ),
+    "`weights` must be broadcastable to (2,), got (3,)": lambda: ops.moments(EYE, np.ones(3)),
     "`axes` must be from -2 to 1, got (5,)": lambda: ops.local_norm(EYE, axes=(5,)),
     "`axes` must not name an axis twice, got (1, -1)": lambda: ops.local_norm(EYE, axes=(1, -1)),
     "`eps` must be at least 0, got -1.0": lambda: ops.local_norm(EYE, axes=(1,), eps=-1.0),
-    "`weights` must be broadcastable to (2, 2)": lambda: ops.local_norm(EYE, np.ones(2), axes=(1,)),
+    "`weights` must be broadcastable to (2, 2), got (3,)": lambda: ops.local_norm(
+        EYE, np.ones(3), axes=(1,)
+    ),
     "`x` must be [batch, *spatial, channels] with 2 spatial axes, got shape (4, 5, 2)": lambda: (
         ops.patch_moments(X[:, 0], WINDOW, GROUPS)
     ),
@@ -122,15 +123,32 @@ def test_an_argument_of_the_wrong_value_is_named(message):
     says(error, message)
 
 
+def test_weights_may_be_bools_or_fewer_axes_and_samples_integers():
+    x, kept = np.array([[1, 4], [3, 0], [200, 7]], np.uint8), np.array([True, True, False])
+    expected = ops.moments(np.asarray(x[:2], np.float32))
+    found = ops.moments(x, kept)
+    np.testing.assert_allclose(found.mean, expected.mean)
+    np.testing.assert_allclose(found.cov, expected.cov)
+    np.testing.assert_allclose(ops.moments(x, np.float32(2)).mean, np.mean(x, 0), rtol=1e-6)
+    normed = ops.local_norm(np.asarray(x.T, np.float32), kept, axes=(1,))
+    np.testing.assert_allclose(normed[:, :2], [[-1, 1], [1, -1]], atol=1e-4)
+
+
+def test_numbers_may_be_scalars_of_any_kind():
+    for eps in (0, np.float32(0), np.array(0.0), jnp.bfloat16(0), jnp.float32(0)):
+        assert ops.local_norm(jnp.array([[1.0, 3.0]]), axes=(1,), eps=eps).tolist() == [[-1.0, 1.0]]
+
+
 def test_a_scalar_phase_is_that_of_every_image():
     x = jnp.arange(12.0).reshape(2, 6)
-    for phase in (np.array(1), jnp.array(1)):
+    for phase in (1, np.array(1), jnp.array(1)):
         pixels, _ = ops.every_nth(x, 3, phase)
         assert pixels.tolist() == [[2.0, 5.0], [8.0, 11.0]]
 
 
 @pytest.mark.parametrize("spec", [P(None, None, None, "d"), P(None, None, "d"), P("d")])
-def test_a_kernel_that_is_sharded_over_an_explicit_mesh_is_folded(spec):
+@pytest.mark.parametrize("within", [True, False])
+def test_a_kernel_that_is_sharded_over_an_explicit_mesh_is_folded(spec, within):
     """Where `nn.Conv` itself asks for a sharding of its output, features sharded."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     rng = np.random.default_rng(0)
@@ -139,8 +157,12 @@ def test_a_kernel_that_is_sharded_over_an_explicit_mesh_is_folded(spec):
         rng.standard_normal(s).astype(np.float32) for s in ((2, 4, 4, 6), (6,), (16,), (16, 16))
     ]
     expected = ops.fold(*arrays, groups)
-    with jax.set_mesh(mesh):
-        kernel = jax.device_put(arrays[0], NamedSharding(mesh, spec))
-        found = jax.jit(lambda *args: ops.fold(*args, groups))(kernel, *arrays[1:])
+    kernel = jax.device_put(arrays[0], NamedSharding(mesh, spec))
+    fold = jax.jit(lambda *args: ops.fold(*args, groups))
+    if within:
+        with jax.set_mesh(mesh):
+            found = fold(kernel, *arrays[1:])
+    else:
+        found = fold(kernel, *arrays[1:])
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

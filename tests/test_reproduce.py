@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -306,21 +305,40 @@ def test_a_budget_is_spent_on_the_cells_that_fit(tmp_path):
     assert begun == []
 
 
-def slow_measurement(load, seed):
-    """Send this process a Ctrl-C, and go on as if nothing had happened."""
-    del load, seed
-    os.kill(os.getpid(), signal.SIGINT)
-    for _ in range(100):
-        time.sleep(0.01)
+SLOW = """
+import os, pathlib, signal, sys, time, types
+from train.experiments.cell import Cell, Run
+from train.experiments.runner import Runner
+from train.stopping import Stopped
+
+def measure(load, seed):
+    if when == "during":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
     return {}
 
+def say(line):
+    if when == "before" and line.endswith("..."):
+        os.kill(os.getpid(), signal.SIGTERM)
 
-def test_a_signal_ends_a_measurement_at_once_and_nothing_is_recorded(tmp_path):
-    run = Run("x", Cell("one", 0.1, measure=f"{__name__}:slow_measurement"), 0)
-    with pytest.raises(Stopped) as stopped:
-        runner(tmp_path).run([run])
-    assert stopped.value.exit_status == 130
-    assert not list(tmp_path.rglob("one-seed0.json"))
+when, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+sys.modules["slow"] = types.SimpleNamespace(measure=measure)
+try:
+    Runner(folder, folder / "work", "", say).run([Run("x", Cell("one", 0.1, measure="slow:measure"), 0)])
+except Stopped as stopped:
+    sys.exit(stopped.exit_status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "status"), [("during", -signal.SIGTERM), ("before", 143), ("never", 0)]
+)
+def test_a_signal_ends_a_measurement_at_once_and_nothing_is_recorded(tmp_path, when, status):
+    """A shell calls both of them 143."""
+    arguments = [sys.executable, "-c", SLOW, when, str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert len(list(tmp_path.rglob("one-seed0.json"))) == (when == "never")
 
 
 # ---- The command
@@ -623,6 +641,8 @@ def test_one_seed_is_decided_by_the_seeds_of_others_and_nothing_without_any():
     assert evidence.better([70.0, 71.0, 70.5], [60.0], noise) == "yes"
     assert evidence.better([70.0], [70.5], noise) == "undecided"
     assert evidence.noise([[70.0], [60.0]]) is None
+    assert evidence.noise([[70.0, 70.0], [60.0]]) is None
+    assert "No condition has two seeds" in evidence.unsure(None, 1, 1)
     assert evidence.better([99.0], [1.0], None) == "undecided"
 
 
@@ -630,8 +650,54 @@ def test_what_the_first_epoch_borrows_is_what_the_ablation_has():
     found = results.read(ROOT / "benchmarks/results", EXPERIMENTS["ablation"])
     noise = evidence.noise([cifar.accuracies(runs) for runs in found.values()])
     assert noise is not None
-    assert noise.deviation == pytest.approx(cifar.ABLATION_NOISE.deviation, rel=0.15)
+    assert noise.deviation == pytest.approx(cifar.ABLATION_NOISE.deviation, rel=0.1)
     assert noise.freedom >= cifar.ABLATION_NOISE.freedom
+
+
+def test_a_published_range_of_three_seeds_gives_its_deviation():
+    """Against what the range of three normal deviates is on average."""
+    drawn = np.random.default_rng(0).normal(0, 2, (20_000, 3))
+    ranges = list(zip(drawn.min(1).tolist(), drawn.max(1).tolist(), strict=True))
+    mean = np.mean([most - least for least, most in ranges])
+    assert mean / evidence.RANGE == pytest.approx(2, rel=0.02)
+    found = evidence.of_ranges(ranges[:5])
+    assert found is not None
+    assert found.freedom == 10
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([-9] * 9, "no"),
+        ([-9] * 9 + [0.1], "no"),
+        ([-9] * 9 + [9], "no"),
+        ([9, 9], "in part"),
+        ([9] * 9 + [-9], "in part"),
+        ([9] * 9 + [0.1], "in part"),
+        ([9] * 10, "yes"),
+        ([0.1, 0.1], "undecided"),
+        ([-9], "no"),
+    ],
+)
+def test_a_claim_of_all_networks_is_judged_by_those_that_ran(tmp_path, gains, verdict):
+    networks = [cell.name for cell in EXPERIMENTS["table1_epoch1"].cells]
+    names = list(dict.fromkeys(name.rpartition("-")[0] for name in networks))
+    for name, gain in zip(names, gains, strict=False):
+        written(tmp_path, "table1_epoch1", f"{name}-batch", 0, 0.5)
+        written(tmp_path, "table1_epoch1", f"{name}-deconv", 0, 0.5 + gain / 100)
+    experiment = EXPERIMENTS["table1_epoch1"]
+    first, *_ = experiment.judge(results.read(tmp_path, experiment))
+    assert first.holds == verdict
+
+
+def test_more_seeds_do_not_unsettle_the_race(tmp_path):
+    for seed, mixed, batch in ((0, 0.9421, 0.9237), (1, 0.9400, None), (2, None, 0.9230)):
+        for name, accuracy in (("mixed", mixed), ("batch", batch)):
+            if accuracy is not None:
+                written(tmp_path, "race", f"{name}-epochs20", seed, accuracy, 20)
+        experiment = EXPERIMENTS["race"]
+        _, accuracy = experiment.judge(results.read(tmp_path, experiment))
+        assert accuracy.holds == "yes"
 
 
 def test_an_ablation_is_judged_by_all_its_seeds(tmp_path):
@@ -645,7 +711,7 @@ def test_an_ablation_is_judged_by_all_its_seeds(tmp_path):
     assert verdicts["Ablation: five iterations are better than three"].holds == "no"
     unsure = verdicts["Ablation: the gradient through the whitener helps"]
     assert unsure.holds == "undecided"
-    assert "points would count" in unsure.why
+    assert "Chance may make as much of so few runs" in unsure.why
     sure = verdicts["Ablation: full deconvolution is better than channel deconvolution"]
     assert (sure.holds, sure.ours, sure.seeds) == ("yes", "67.33% against 60.00%", "3 and 1")
     assert verdicts["Ablation: deconvolution is better than batch norm"].holds == "not run"

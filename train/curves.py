@@ -43,6 +43,7 @@ def draw_curves(curves: Mapping[str, list[list[float]]], path: Path, *, caption:
     _scale(axes, errors)
     _label(axes, errors)
     figure.text(0.03, 0.925, "Test accuracy by epoch", fontsize=15, weight="bold", color=INK)
+    caption = f"{caption}; the scale is logarithmic in the error"
     figure.text(0.03, 0.872, caption, fontsize=9, color=FAINT)
     FigureCanvasAgg(figure).print_png(path)
 
@@ -62,7 +63,7 @@ def _scale(axes: Axes, errors: Mapping[str, np.ndarray]) -> None:
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 10**6) if epochs <= 12 * n or n == 10**6)
     every = 5 if 12 < epochs <= 30 else every
     axes.set_xticks(sorted({1, *range(every, epochs + 1, every)}))
-    axes.set_xlabel("epoch; the scale is logarithmic in the error", color=INK, fontsize=10.5)
+    axes.set_xlabel("epoch", color=INK, fontsize=10.5)
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=INK, labelsize=10)

@@ -7,9 +7,10 @@ r"""The paper, reproduced: every figure and table, one command each.
   python -m train.reproduce report
 
 NAME is an experiment, or one of its cells as experiment/cell; * and ? stand for anything. What is recorded
-already is left out; what was stopped is resumed, but for measurements (figures 2, 3 and 9, and `rows`),
-which begin anew; small cells come first. A budget takes the cells that fit and hands what does not to the
-next command. `report` makes docs/reproduction.md and its pictures from the records alone.
+already is left out; what was stopped is resumed, but for measurements (figures 2, 3 and 9, `rows` and
+`figure4a/optimum`), which begin anew; small cells come first. A budget takes the cells that fit and hands
+what does not to the next command. `report` makes docs/reproduction.md and its pictures from the records
+alone.
 
 Exit status: 0; 143 and 130 after SIGTERM and Ctrl-C, with everything on disk: run the same command again; 1
 if a dataset could not be read, whose cells were passed over, or a file not written; 2 for a mistake in the
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     try:
         known = {name: results.read(folder, one) for name, one in EXPERIMENTS.items()}
         if [name.lower() for name in arguments.names] == ["list"]:
-            return _list(arguments, EXPERIMENTS, known)
+            return _list(EXPERIMENTS, known)
         if [name.lower() for name in arguments.names] == ["report"]:
             if not any(known.values()):
                 raise ValueError(f"`--results` has no record: {folder}")
@@ -52,6 +53,9 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"reproduce: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 1
     recorded = [r for r in runs if results.path(folder, r).is_file()]
     _say(f"{len(recorded)} of {len(runs)} cells are recorded in {folder}")
     try:
@@ -78,10 +82,14 @@ def _use(arguments) -> None:
 
 
 def _run(arguments, runs, known) -> int:
+    from train.experiments.runner import Runner
     from train.stopping import Stopped
 
-    runner = _runner(arguments, known)
+    records = [r for found in known.values() for one in found.values() for r in one]
+    folder, workdir = Path(arguments.results), Path(arguments.workdir)
+    runner = Runner(folder, workdir, arguments.data_dir, _say, records)
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # before hours are spent
         done = runner.run(runs, arguments.budget)
     except Stopped as stopped:
         _say("stopped; the same command goes on from there")
@@ -92,30 +100,14 @@ def _run(arguments, runs, known) -> int:
     return 1 if runner.unreadable else 0
 
 
-def _runner(arguments, known):
-    from train.experiments.runner import Runner
-
-    records = [r for found in known.values() for runs in found.values() for r in runs]
-    return Runner(
-        Path(arguments.results), Path(arguments.workdir), arguments.data_dir, _say, records
-    )
-
-
-def _list(arguments, experiments, known) -> int:
-    """Say of each experiment how much is left, by what its cells take on this device if that is known."""
-    runner = _runner(arguments, known)
+def _list(experiments, known) -> int:
     for name, one in experiments.items():
         runs = one.runs()
         have = {(cell, r["seed"]) for cell, rows in known[name].items() for r in rows}
         left = [run for run in runs if (run.cell.name, run.seed) not in have]
-        seconds = [runner.estimate(run) for run in left]
-        minutes = sum(
-            run.cell.minutes if one is None else one / 60
-            for run, one in zip(left, seconds, strict=True)
-        )
-        _say(
-            f"{name:16} {len(runs) - len(left):3}/{len(runs):<3} {minutes:7.0f} min left   {one.shows}"
-        )
+        minutes = sum(run.cell.minutes for run in left)
+        done = f"{len(runs) - len(left):3}/{len(runs):<3}"
+        _say(f"{name:16} {done} {minutes:7.0f} min of two CPU cores left   {one.shows}")
     return 0
 
 

@@ -28,8 +28,10 @@ MARKS = {
 }
 RULE = """A difference between two conditions counts if chance alone would exceed it in one of twenty cases:
 Student's t with the variance of seeds, pooled over the conditions of an experiment
-(`train/experiments/evidence.py`). *In part*: true of a part of what is claimed, or nearly. *Undecided*: too
-few runs, or nothing to compare with. n: seeds. Why each verdict is what it is stands in its section below."""
+(`train/experiments/evidence.py`), or borrowed where it has too few, which is then said; each comparison by
+itself, so that of twenty without any difference one may count. *In part*: true of a part of what is claimed,
+or in part of the networks. *Undecided*: too few runs, or nothing to compare with. n: seeds. Why each verdict
+is what it is stands in its section below."""
 
 HEAD = """# The paper, reproduced
 

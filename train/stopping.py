@@ -28,7 +28,6 @@ class Stop:
 
     def __init__(self):
         self._got: int | None = None
-        self._at_once = False
 
     def __enter__(self) -> "Stop":
         # Of many processes each leaves SIGTERM to JAX, which tells the others.
@@ -46,17 +45,24 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._got = number
-        if self._at_once:
-            raise Stopped(0, number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """While it is entered, the first signal raises `Stopped` wherever the main thread is."""
-        self._at_once = True
+        """While it is entered, the first signal ends the process, for work that keeps nothing on disk.
+
+        Not by an exception, which would be raised in the middle of whatever runs.
+
+        Raises:
+          Stopped: a signal had come before.
+        """
+        noting = {number: signal.signal(number, signal.SIG_DFL) for number in self._before}
         try:
+            if self._got is not None:
+                raise Stopped(0, self._got)
             yield
         finally:
-            self._at_once = False
+            for number, handler in noting.items():
+                signal.signal(number, handler)
 
     def noted(self) -> int | None:
         """Return the signal that this process has noted; of many processes each leaves that to JAX."""

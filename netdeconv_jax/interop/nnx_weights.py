@@ -86,11 +86,12 @@ def _variables(model: "nnx.Module") -> dict[Leaf, Any]:
     """Every parameter and running statistic, once; also of a state, or of a dict of modules."""
     from flax import nnx
 
-    found = {}
+    found, ours = {}, isinstance(model, nnx.State)
     for path, node in nnx.iter_graph(model):
+        ours = ours or isinstance(node, nnx.Object)
         for kind, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
             if isinstance(node, kind):
                 found[(collection, *map(str, path))] = node
-    if not found and not isinstance(model, nnx.Module | nnx.State):
+    if not found and not ours:
         raise TypeError(f"`model` must be an NNX module, got {type(model).__name__}.")
     return found

@@ -83,8 +83,6 @@ class _Whitened(nn.Module):
             param_dtype=self.param_dtype,
             use_running_average=self.use_running_average,
             update_whitener=self.update_whitener,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
         )
         super().__post_init__()
 
@@ -282,7 +280,7 @@ class DeconvConv(_Deconvolved):
         channels, before statistics are taken; pixels that `mask` weighs 0 are left out, in evaluation too.
 
     Raises:
-      ValueError: a setting is out of range, or `axis_index_groups` are given without `axis_name`.
+      ValueError: a setting is out of range.
       TypeError: a setting is of the wrong type, or `dtype` or `param_dtype` not floating point.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.

@@ -77,7 +77,8 @@ class Network(nn.Module):
                 raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
         check_count("num_classes", self.num_classes)
         check_number("width", self.width, above=0)
-        check_spec(self.spec)
+        if self.spec is not None or self.norm == "deconv":
+            check_spec(self.spec)
         check_dtypes(self.dtype, self.param_dtype)
         super().__post_init__()
 

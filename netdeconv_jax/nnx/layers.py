@@ -99,8 +99,6 @@ class _Whitened(nnx.Module):
             param_dtype=param_dtype,
             use_running_average=use_running_average,
             update_whitener=None,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
         )
         if axis_index_groups is not None:  # hashable, as static attributes must be
             axis_index_groups = tuple(map(tuple, axis_index_groups))
@@ -227,7 +225,7 @@ class DeconvConv(_Deconvolved):
     update_whitener=False)` is the same model in the steps that reuse its running statistics.
 
     Raises:
-      ValueError: a setting is out of range, or `axis_index_groups` are given without `axis_name`.
+      ValueError: a setting is out of range.
       TypeError: a setting is of the wrong type, or `dtype` or `param_dtype` not floating point.
 
     Source: FastDeconv of the original code; Ye et al. 2020, Algorithm 1.

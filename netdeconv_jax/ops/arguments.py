@@ -1,19 +1,30 @@
 """Checks that several functions share; each raises one line that names the argument and its value."""
 
+import functools
 import math
-import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def as_array(x: Any) -> jax.Array:
+    """Return `x` as an array: at once what is one, which `jnp.asarray` takes its time to see."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+@functools.cache
+def _is_floating(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def check_floating(name: str, x: Any) -> jax.Array:
     """Return `x` as an array, once it is known to be floating point."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    x = as_array(x)
+    if not _is_floating(x.dtype):
         raise TypeError(f"`{name}` must be floating point, got {x.dtype}.")
     return x
 
@@ -24,7 +35,7 @@ def check_float_dtype(name: str, dtype: Any) -> Any:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+    if found is None or not _is_floating(found):
         raise TypeError(f"`{name}` must be a floating point dtype, got {dtype!r}.")
     return found
 
@@ -39,24 +50,26 @@ def check_axes(name: str, axes: Any, ndim: int, *, least: int = 0) -> tuple[int,
       least: 0, or `-ndim` where axes may be counted from the end.
     """
     try:
-        found = [operator.index(axis) for axis in axes] if not isinstance(axes, str) else None
+        axes = axes if isinstance(axes, str) else tuple(axes)
+        found = [operator.index(axis) for axis in axes]
     except TypeError:
-        found = None
-    if found is None:
-        raise TypeError(f"`{name}` must be a sequence of ints, got {axes!r}.")
+        raise TypeError(f"`{name}` must be a sequence of ints, got {axes!r}.") from None
     if any(not least <= axis < ndim for axis in found):
         raise ValueError(f"`{name}` must be from {least} to {ndim - 1}, got {tuple(found)}.")
     found = sorted(axis % ndim for axis in found)
     if len(set(found)) < len(found):
-        raise ValueError(f"`{name}` must not name an axis twice, got {tuple(axes)}.")
+        raise ValueError(f"`{name}` must not name an axis twice, got {axes}.")
     return tuple(found)
 
 
 def check_number(name: str, value: Any, *, above: float | None = None) -> float:
     """Return `value` as a float, once it is known to be finite and at least 0, or greater than `above`."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    value = float(value)
+    try:
+        if isinstance(value, str | bool | np.bool_):
+            raise TypeError
+        value = float(value)
+    except TypeError:  # a traced value among them
+        raise TypeError(f"`{name}` must be a number, got {value!r}.") from None
     if above is None and not value >= 0:
         raise ValueError(f"`{name}` must be at least 0, got {value}.")
     if above is not None and not value > above:
@@ -67,11 +80,8 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> float:
 
 
 def check_broadcastable(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
-    """Raise unless an array of `shape` has the rank of `wanted` and can be broadcast to it."""
-    shape, wanted = tuple(shape), tuple(wanted)
-    if len(shape) != len(wanted) or any(
-        one not in (1, all_) for one, all_ in zip(shape, wanted, strict=False)
-    ):
-        raise ValueError(
-            f"`{name}` must be broadcastable to {wanted}, of the same rank, got {shape}."
-        )
+    """Raise unless an array of `shape` can be broadcast to `wanted`."""
+    wanted = tuple(wanted)
+    lead = len(wanted) - len(shape)
+    if lead < 0 or any(m not in (1, n) for m, n in zip(shape, wanted[lead:], strict=True)):
+        raise ValueError(f"`{name}` must be broadcastable to {wanted}, got {tuple(shape)}.")

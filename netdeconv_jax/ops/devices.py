@@ -1,7 +1,7 @@
 """Whether what is traced here runs on one device, so that no axis of it is shared out."""
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -9,7 +9,7 @@ def whole(x: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types or not any(sharding.spec):
         return x
-    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
 
 def on_one_device(*arrays: jax.Array) -> bool:

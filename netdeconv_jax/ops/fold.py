@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from netdeconv_jax.ops.arguments import check_float_dtype, check_floating
+from netdeconv_jax.ops.arguments import as_array, check_float_dtype, check_floating
 from netdeconv_jax.ops.devices import on_one_device, whole
 from netdeconv_jax.ops.grouping import ColumnGroups
 from netdeconv_jax.ops.roots import check_precision
@@ -45,8 +45,7 @@ def fold(
       ValueError: the kernel has fewer than two axes, other columns than `groups`, or features that its
         feature groups do not divide; `bias`, `mean` or `whitener` has another shape than these; `precision`
         is unknown.
-      TypeError: `kernel`, `bias`, `mean`, `whitener` or `dtype` is not floating point, or `groups` is no
-        `ColumnGroups`.
+      TypeError: `kernel`, `whitener` or `dtype` is not floating point, or `groups` is no `ColumnGroups`.
 
     Source: Ye et al. 2020, section 3.4; the original code multiplies the kernel in the same way.
 
@@ -61,8 +60,8 @@ def fold(
     if not isinstance(groups, ColumnGroups):
         raise TypeError(f"`groups` must be a ColumnGroups, got {groups!r}.")
     kernel = check_floating("kernel", kernel)
-    mean, whitener = check_floating("mean", mean), check_floating("whitener", whitener)
-    bias = None if bias is None else check_floating("bias", bias)
+    mean, whitener = as_array(mean), check_floating("whitener", whitener)
+    bias = None if bias is None else as_array(bias)
     dtype = kernel.dtype if dtype is None else check_float_dtype("dtype", dtype)
     if kernel.ndim < 2:
         raise ValueError(

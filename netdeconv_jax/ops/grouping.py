@@ -129,7 +129,7 @@ def column_groups(
       576
     """
     check_kind(kind)
-    if not isinstance(shared, bool):
+    if not isinstance(shared, bool | np.bool_):
         raise TypeError(f"`shared` must be True or False, got {shared!r}.")
     check_count("channels", channels)
     check_count("taps", taps)

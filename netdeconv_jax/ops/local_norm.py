@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from netdeconv_jax.ops.arguments import (
+    as_array,
     check_axes,
     check_broadcastable,
     check_float_dtype,
@@ -32,7 +33,7 @@ def local_norm(
 
     Args:
       x: floating point, of any shape.
-      weights: float >= 0, broadcastable to the shape of `x` (same rank). What weighs 0 does not enter mean
+      weights: bool or >= 0, broadcastable to the shape of `x`. What weighs 0 does not enter mean
         and variance, even if it is not finite, but is normalized with the rest of its sample. A sample that
         weighs nothing is normalized as if there were no weights.
       axes: of `x`, that make up a sample; they may be counted from the end.
@@ -43,7 +44,7 @@ def local_norm(
     Raises:
       ValueError: an axis that `x` does not have or that is named twice, `eps` below 0, or `weights` of
         another shape.
-      TypeError: `x`, `weights` or `dtype` is not floating point, `axes` no ints, or `eps` no number.
+      TypeError: `x` or `dtype` is not floating point, `axes` no ints, or `eps` no number.
 
     Source: Ye et al. 2022 ("Exploiting Invariance in Training Deep Neural Networks"), scale invariance by
     local statistics; departure: the window is the whole sample, as in layer norm (Ba et al. 2016).
@@ -58,7 +59,7 @@ def local_norm(
     x = check_floating("x", x)
     axes = check_axes("axes", axes, x.ndim, least=-x.ndim)
     if weights is not None:
-        weights = check_floating("weights", weights)
+        weights = as_array(weights)
         check_broadcastable("weights", weights.shape, x.shape)
     dtype = x.dtype if dtype is None else check_float_dtype("dtype", dtype)
     return _local_norm(x, weights, axes, check_number("eps", eps), dtype)

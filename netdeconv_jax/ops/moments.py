@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from netdeconv_jax.ops.arguments import (
+    as_array,
     check_axes,
     check_broadcastable,
     check_float_dtype,
-    check_floating,
 )
 from netdeconv_jax.ops.gram import gram
 
@@ -98,9 +98,9 @@ def moments(
     they are, since a sharded axis must not be merged with others, and the result is replicated.
 
     Args:
-      x: [..., d], floating point; the last axis is the variable.
-      weights: float >= 0, shape broadcastable to `x.shape[:-1]` (same rank); samples of weight 0 are
-        ignored, even if they are not finite.
+      x: [..., d], real; the last axis is the variable.
+      weights: bool or >= 0, shape broadcastable to `x.shape[:-1]`; samples of weight 0 are ignored, even if
+        they are not finite.
       axes: the sample axes, non-negative; the others become leading axes of the result.
       dtype: of the result; default `promote_types(float32, x.dtype)`.
       sample_dtype: `"bfloat16"` rounds the centred samples before they are multiplied, with sums in `dtype`:
@@ -112,8 +112,7 @@ def moments(
     Raises:
       ValueError: there is no sample; `x` has fewer than two axes; an axis is none of those in front of the
         last one, or is named twice; `weights` has another shape, or `sample_dtype` is another.
-      TypeError: `x`, `weights` or `dtype` is not floating point, `axes` are no ints, or `sample_dtype` is no
-        string.
+      TypeError: `dtype` is not floating point, `axes` are no ints, or `sample_dtype` is no string.
 
     Source: Ye et al. 2020, section 3.1 and Algorithm 1, line 7.
 
@@ -124,12 +123,12 @@ def moments(
       [[1.0, 0.0], [0.0, 0.0]]
     """
     check_sample_dtype(sample_dtype)
-    x = check_floating("x", x)
+    x = as_array(x)
     if x.ndim < 2:
         raise ValueError(f"`x` must be [..., d] with a sample axis in front, got shape {x.shape}.")
     axes = check_axes("axes", axes, x.ndim - 1)
     if weights is not None:
-        weights = check_floating("weights", weights)
+        weights = as_array(weights)
         check_broadcastable("weights", weights.shape, x.shape[:-1])
     if dtype is None:
         dtype = jnp.promote_types(jnp.float32, x.dtype)

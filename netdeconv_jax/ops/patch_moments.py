@@ -62,7 +62,8 @@ def patch_moments(
       ValueError: `x` has another rank than `geometry` asks for, is smaller than the kernel or has no samples;
         `groups` are those of other columns; `mask` or `shift` has another shape; `sampling_stride` < 1, or
         `sample_dtype` is unknown.
-      TypeError: `x` or `dtype` is not floating point, or `sampling_stride` not an int.
+      TypeError: `x` or `dtype` is not floating point, `sampling_stride` not an int, or `geometry` or `groups`
+        of another type.
 
     Source: the original FastDeconv. `mask` and pooling over devices are ours.
 
@@ -157,6 +158,9 @@ def sampled_rows(
       2304
     """
     check_count("sampling_stride", sampling_stride)
+    for name, value, kind in (("geometry", geometry, Window), ("groups", groups, ColumnGroups)):
+        if not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
     if len(shape) < 2:
         raise ValueError(f"`x` must be [batch, *spatial, channels], got shape {shape}.")
     columns, channels = math.prod((*groups.stat_shape, groups.groups, groups.width)), shape[-1]

@@ -44,7 +44,10 @@ def every_nth(
     check_count("step", step)
     if step == 1:
         return x, None
-    phase = phase if np.ndim(phase) else phase.reshape((1,) * (x.ndim - 1))
+    if np.ndim(phase) == 0:
+        phase = (phase if isinstance(phase, jax.Array) else np.asarray(phase)).reshape(
+            (1,) * (x.ndim - 1)
+        )
     offset = (-phase) % step
     if isinstance(offset, np.ndarray) and not offset.any():
         return x[:, ::step], None

@@ -49,8 +49,9 @@ def check_dtypes(dtype: Any, param_dtype: Any) -> None:
 
 
 def check_flag(name: str, value: bool | None) -> None:
-    """Raise unless `value` is a bool, Python's or NumPy's, or None."""
-    if value is not None and not isinstance(value, (bool, np.bool_)):
+    """Raise unless `value` is None, a bool, or a number or scalar array that may stand for one."""
+    one = isinstance(value, int | np.generic) or getattr(value, "shape", None) == ()
+    if value is not None and not one:
         raise TypeError(f"`{name}` must be True, False or None, got {value!r}.")
 
 
@@ -60,23 +61,15 @@ def check_settings(
     param_dtype: Any,
     use_running_average: bool | None,
     update_whitener: bool | None,
-    axis_name: Any,
-    axis_index_groups: Any,
 ) -> None:
     """Raise unless the settings that no spec holds are such as a layer can have.
 
     Raises:
       TypeError: a dtype is not floating point, or a flag neither a bool nor None.
-      ValueError: `axis_index_groups` is given without `axis_name`.
     """
     check_dtypes(dtype, param_dtype)
     check_flag("use_running_average", use_running_average)
     check_flag("update_whitener", update_whitener)
-    if axis_name is None and axis_index_groups is not None:
-        raise ValueError(
-            "`axis_index_groups` must come with the `axis_name` whose devices they divide, got "
-            f"{axis_index_groups} and None."
-        )
 
 
 def running_average_wanted(

@@ -25,9 +25,8 @@ CLOSE = {
 }  # percent: as near to a published figure of one run as one may hope, by epochs
 # Of ResNet-18 of width 16 after 2 epochs, as the records of `ablation` have it; for runs of one epoch until
 # these have seeds enough of their own.
-ABLATION_NOISE = evidence.Noise(1.13, 13)
+ABLATION_NOISE = evidence.Noise(1.09, 14)
 LENDERS = {1: "the ablation below", 20: "the replication study"}
-ENOUGH = 4  # degrees of freedom
 # Minutes of an epoch on two cores with batch norm and with deconvolution: by multiply-adds, from ResNet-18's;
 # those with depthwise convolutions by a step, EfficientNet's by its runs.
 MINUTES = {
@@ -102,7 +101,7 @@ def _beats(
     if not both:
         return Verdict(claim, "not run", f"{statistics.fmean(all_theirs):+.1f} on average")
     noise = evidence.noise(every)
-    borrowed = noise is None or noise.freedom < ENOUGH
+    borrowed = noise is None or noise.freedom < evidence.ENOUGH
     said = {
         n: evidence.better(c["deconv"], c[other], _borrowed(n, epochs) if borrowed else noise)
         for n, c in both.items()
@@ -113,10 +112,12 @@ def _beats(
     won = sum(holds == "yes" for holds in said.values())
     lost = [n for n, holds in said.items() if holds == "no"]
     open_ = [n for n, holds in said.items() if holds == "undecided"]
-    if won:
+    if len(lost) > won:
+        holds = "no"
+    elif won:
         holds = "yes" if won == len(published) else "in part"
     else:
-        holds = "no" if lost and not open_ else "undecided"
+        holds = "undecided"
     return Verdict(
         claim,
         holds,
@@ -128,7 +129,7 @@ def _beats(
         + ", ".join(f"{n} {gains[n]:+.1f} (published {theirs[n]:+.1f})" for n in both)
         + "."
         + (f" The other way round: {', '.join(lost)}." if lost else "")
-        + (f" {evidence.UNDECIDED}: {', '.join(open_)}." if open_ else "")
+        + (f" Chance may make as much of so few runs: {', '.join(open_)}." if open_ else "")
         + (f" How much seeds differ is taken from {LENDERS[epochs]}." if borrowed else ""),
     )
 
@@ -136,7 +137,7 @@ def _beats(
 def _borrowed(network: str, epochs: int) -> evidence.Noise | None:
     if epochs == 1:
         return ABLATION_NOISE
-    return evidence.noise(REPLICATED.get(network, {}).values())
+    return evidence.of_ranges(REPLICATED.get(network, {}).values())
 
 
 def _reached(

@@ -3,7 +3,8 @@
 Seeds of all conditions of an experiment tell how much runs differ by chance: their variance is pooled. A
 difference of two means counts if Student's t is above what chance alone exceeds in one of twenty cases, so
 that a large gap may be decided by one seed where other conditions have several, and a small one needs them.
-Without any condition of two seeds nothing is decided.
+Without any condition of two seeds nothing is decided, unless the deviation is borrowed, which is then said.
+Each comparison stands for itself: of twenty where there is no difference one may count.
 """
 
 import math
@@ -12,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 CHANCE = 0.05  # of a difference that counts where there is none, both directions together
-UNDECIDED = "Not more than chance makes of so few runs"
+ENOUGH = 4  # degrees of freedom: with fewer the deviation is borrowed where it can be
+RANGE = 1.693  # expected range of three normal deviates, in standard deviations
 
 
 class Noise(NamedTuple):
@@ -39,7 +41,28 @@ def noise(conditions: Iterable[Sequence[float]]) -> Noise | None:
     if not freedom:
         return None
     squares = sum(statistics.variance(values) * (len(values) - 1) for values in several)
-    return Noise(math.sqrt(squares / freedom), freedom)
+    # Of equal accuracies alone nothing can be told.
+    return Noise(math.sqrt(squares / freedom), freedom) if squares else None
+
+
+def of_ranges(ranges: Iterable[tuple[float, float]]) -> Noise | None:
+    """Return the deviation that stands behind (least, most) of three seeds each.
+
+    Example:
+      >>> of_ranges([(1.0, 2.693)])
+      Noise(deviation=1.0, freedom=2)
+    """
+    squares = [((most - least) / RANGE) ** 2 for least, most in ranges]
+    if not any(squares):
+        return None
+    return Noise(round(math.sqrt(statistics.fmean(squares)), 6), 2 * len(squares))
+
+
+def unsure(found: Noise | None, one: int, other: int) -> str:
+    """Say why a comparison of `one` and `other` runs is undecided."""
+    if found is None:
+        return "No condition has two seeds, so that nothing tells how much they differ."
+    return f"Chance may make as much of so few runs: {least(found, one, other):.1f} points would count."
 
 
 def least(found: Noise | None, one: int, other: int) -> float:

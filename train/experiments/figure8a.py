@@ -1,6 +1,5 @@
 """Figure 8(a): weight decay with and without deconvolution, on CIFAR-10; the paper has CIFAR-100."""
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -52,8 +51,7 @@ def _judge_decay(results: Results) -> list[Verdict]:
         counts = {n: evidence.least(noise, len(c[5e-3]), len(c[1e-3])) for n, c in found.items()}
         right = (change["deconv"] > counts["deconv"]) + (change["batch"] < -counts["batch"])
         wrong = (change["deconv"] < -counts["deconv"]) + (change["batch"] > counts["batch"])
-        clear = right + wrong == 2
-        known = "" if math.isinf(counts["batch"]) else f": {counts['batch']:.1f} points would count"
+        clear, lengths = right + wrong == 2, (len(found["batch"][5e-3]), len(found["batch"][1e-3]))
         verdicts.append(
             Verdict(
                 claim,
@@ -62,7 +60,7 @@ def _judge_decay(results: Results) -> list[Verdict]:
                 f"deconvolution {change['deconv']:+.2f}, batch norm {change['batch']:+.2f}",
                 "",
                 seed_counts({n: {str(d): v for d, v in c.items()} for n, c in found.items()}),
-                ("" if clear else f"{evidence.UNDECIDED}{known}. ")
+                ("" if clear else f"{evidence.unsure(noise, *lengths)} ")
                 + "Change of the test accuracy in points, CIFAR-10. The paper has VGG-13 on CIFAR-100.",
             )
         )

@@ -56,7 +56,8 @@ WITHOUT = (
     (
         "Preprint table 1 (right), CIFAR-100, 100 epochs, batch 256, weight decay 5e-3",
         "VGG-13 74.74, 70.57 with batch norm; DenseNet-121 80.27, 79.2; ResNet-50 80.43, 77.78",
-        "the same with `--config.batch_size=256 --config.optimizer.weight_decay=5e-3`",
+        "`--config=configs/cifar100.py:vgg13,deconv --config.epochs=100 --config.batch_size=256 "
+        "--config.optimizer.weight_decay=5e-3`",
     ),
     (
         "ImageNet, 90 epochs (table 2 of the paper, figures 7 and 8(b) of the preprint)",

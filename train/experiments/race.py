@@ -82,9 +82,10 @@ def _accuracy(results: Results) -> Verdict:
         return Verdict(claim, "not run", f"{theirs['deconv']:.2f}% against {theirs['batch']:.2f}%")
     ours, batch = map(statistics.fmean, found)
     gain, their = ours - batch, theirs["deconv"] - theirs["batch"]
-    noise = evidence.noise(found)
-    borrowed = "" if noise else " How much seeds differ is taken from the replication study's."
-    noise = noise or evidence.noise(REPLICATED["resnet18"].values())
+    noise, borrowed = evidence.noise(found), ""
+    if noise is None or noise.freedom < evidence.ENOUGH:
+        noise = evidence.of_ranges(REPLICATED["resnet18"].values())
+        borrowed = " How much seeds differ is taken from the replication study."
     return Verdict(
         claim,
         evidence.better(found[0], found[1], noise),

@@ -25,7 +25,18 @@ from typing import Any
 from train import metrics
 from train.experiments.cell import Experiment, Result, Results, Run
 
-NEEDED = ("experiment", "cell", "seed", "status", "seconds", "device", "date", "versions", "config")
+NEEDED = (
+    "experiment",
+    "cell",
+    "seed",
+    "status",
+    "seconds",
+    "minutes",
+    "device",
+    "date",
+    "versions",
+    "config",
+)
 
 
 def path(folder: Path, run: Run) -> Path:
@@ -54,6 +65,8 @@ def read(folder: Path, experiment: Experiment) -> Results:
 def _check(result: Result, experiment: str, cell: str, stem: str) -> None:
     """Raise ValueError for a file that holds another run than its name says, or less than a page needs."""
     missing = [name for name in NEEDED if name not in result]
+    if not {"epochs", "figures"} & set(result):
+        missing.append("epochs or figures")
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
     said = (result["experiment"], result["cell"], result["seed"])

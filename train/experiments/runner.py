@@ -24,8 +24,8 @@ from train.experiments.watch import Watch
 from train.stopping import Stop, Stopped
 
 
-class UnreadableError(Exception):
-    """A dataset that an experiment needs cannot be had; the message says why."""
+class DataError(Exception):
+    """A dataset that an experiment needs cannot be had, or does not fit it; the message says why."""
 
 
 SHORT = 20.0  # seconds: a cell that takes less is begun anew when it was stopped
@@ -93,7 +93,7 @@ class Runner:
                 try:
                     self._one(run, stop, deadline)
                     done += 1
-                except UnreadableError as error:
+                except DataError as error:
                     self._say(f"{run}: {error}")
                 except Stopped:
                     if (signal := stop.noted()) is not None:
@@ -121,7 +121,7 @@ class Runner:
                 return self._read(name)
             except (ValueError, OSError) as error:  # once: looking for a dataset may take minutes
                 self.unreadable[name] = str(error).splitlines()[0]
-        raise UnreadableError(self.unreadable[name])
+        raise DataError(self.unreadable[name])
 
     def _one(self, run: Run, stop: Stop, deadline: float) -> None:
         start = time.monotonic()
@@ -189,7 +189,12 @@ class Runner:
         if self._trainer is not None and self._trainer[0] == text:
             return self._trainer[1], 0.0
         self._trainer = None  # gives its memory free
-        trainer = loop.Trainer(config, Resident(self._load(config.dataset), config))
+        data = self._load(config.dataset)
+        try:
+            trainer = loop.Trainer(config, Resident(data, config))
+        except ValueError as error:  # fewer images than a batch, and the like
+            self.unreadable[config.dataset] = str(error).splitlines()[0]
+            raise DataError(self.unreadable[config.dataset]) from error
         seconds = trainer.compile()
         self._compiling.append(seconds)
         self._trainer = (text, trainer)
@@ -207,7 +212,7 @@ def use_device(platform: str | None) -> None:
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter without jax's plugin for it
         raise ValueError(
             f"`--device` {platform} is not there: {str(error).splitlines()[0]}"
         ) from error

@@ -1,5 +1,6 @@
 """Figures as Markdown."""
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -41,5 +42,5 @@ def device(name: str) -> str:
       >>> device("Intel(R) Xeon(R) Processor, 1 cores")
       'Intel Xeon Processor (1 core)'
     """
-    name, _, cores = name.replace("(R)", "").partition(", ")
-    return f"{name} ({counted(int(cores.split()[0]), 'core')})" if cores else name
+    found = re.fullmatch(r"(.*), (\d+) cores", name.replace("(R)", ""))
+    return f"{found[1]} ({counted(int(found[2]), 'core')})" if found else name
