@@ -151,7 +151,9 @@ def test_one_microbatch_is_a_plain_step():
     assert_close(accumulate(loss_fn, variables, X[None]), expected)
 
 
-@pytest.mark.parametrize("norm", ["batch", "channel", "deconv", "none"])
+@pytest.mark.parametrize(
+    "norm", ["batch", pytest.param("channel", marks=pytest.mark.slow), "deconv", "none"]
+)
 def test_equal_microbatches_of_a_zoo_network_are_as_good_as_one(norm):
     model = models.create("cnn", norm, width=0.25, param_dtype=jnp.float64)
     variables = model.init(jax.random.key(0), X)

@@ -16,7 +16,7 @@ from netdeconv_jax.models.units import NORMS
 
 NAMES = list(models.list())
 REPRESENTATIVES = ("mlp", "cnn", "lenet", "vgg11", "resnet18", "senet18")
-CHEAP = REPRESENTATIVES[:-1]  # two minutes less
+CHEAP = ("mlp", "cnn", "lenet", "resnet18")
 # Compiling is what these tests cost; optimizing what runs once or twice is not worth it. Level 0 would be
 # quicker still, but computes wrong gradients.
 QUICK = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
@@ -80,8 +80,19 @@ def over_eight_devices(variables, x, labels):
     return jax.device_put((variables, x, labels), (everywhere, split, split))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        # Large twins of networks that are seen with this norm at 32x32.
+        pytest.param(
+            name,
+            norm,
+            marks=pytest.mark.slow if (name[-9:], norm) == ("_imagenet", "channel") else (),
+        )
+        for name in NAMES
+        for norm in NORMS
+    ],
+)
 def test_shapes_of_every_network_with_every_norm(name, norm):
     spec = WhiteningSpec(num_iters=1)  # shapes are the same, and there is less to trace
     model = models.create(name, norm, num_classes=7, spec=spec, dtype=jnp.bfloat16)

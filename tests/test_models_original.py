@@ -15,14 +15,15 @@ from netdeconv_jax.interop.torch_checkpoint import entry_names
 from netdeconv_jax.models.summary import layer_table
 
 # The rest is slow here: compiling their many shapes, or multiplying their many weights.
-LARGE = ("densenet121", "dpn92", "vgg11_imagenet", "resnet50", "pnasnet_b")
-SMALL_TRAINED = (
-    "resnet18_batch",
-    "vgg11_deconv",
-    "preact_resnet18_batch",
-    "senet18_batch",
-    "pnasnet_a_batch",
+LARGE = (
+    "densenet121",
+    "dpn92",
+    "vgg11_imagenet",
+    "resnet50",
+    "pnasnet_b",
+    "efficientnet_b0_batch",  # its twin with deconvolution stays
 )
+SMALL_TRAINED = ("resnet18_batch", "vgg11_deconv", "pnasnet_a_batch")
 TYPES = {
     "Conv2d": "conv",
     "FastDeconv": "deconv_conv",

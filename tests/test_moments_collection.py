@@ -86,7 +86,9 @@ def test_the_last_microbatch_alone_would_be_another_step(name):
     assert float(jnp.abs(alone["mean"] - all_of_it["mean"]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["conv", "conv per group", "channel", "dense"])
+@pytest.mark.parametrize(
+    "name", ["conv", "conv per group", pytest.param("channel", marks=pytest.mark.slow), "dense"]
+)
 def test_microbatches_make_the_step_of_the_whole_batch_in_float64(name, x64):
     layer = LAYERS[name](param_dtype=jnp.float64)
     x = X.astype(jnp.float64)

@@ -41,8 +41,14 @@ def mask_of(masked):
     return jnp.abs(normal((8, 7, 6, 1), 3)).at[0].set(0).at[1, :3].set(0)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [
+        pytest.param(name, masked, marks=pytest.mark.slow if masked and name != "3x3" else ())
+        for name in CASES
+        for masked in (False, True)
+    ],
+)
 def test_value_and_gradients_are_those_of_two_passes(x64, name, masked):
     geometry, groups = case(name)
     x, mask = normal(SHAPE) + 2, mask_of(masked)

@@ -79,7 +79,7 @@ def test_eight_devices_train_as_one_does(alone, norm, parallel):
     assert_same(alone[norm], trained(norm, parallel=parallel))
 
 
-@pytest.mark.parametrize("statistics", ["global", "device"])
+@pytest.mark.parametrize("statistics", ["global", pytest.param("device", marks=pytest.mark.slow)])
 def test_steps_that_reuse_whiteners_are_the_same_under_jit_and_pmap(alone, statistics):
     changes: Any = {"whitening.update_every": 3, "whitening.update_warmup_steps": 5}
     one, other = (
