@@ -74,6 +74,7 @@ def test_states_and_trees_of_modules_will_do_and_so_will_a_model_without_weights
     assert set(nnx_variables(nnx.state(net))["params"]) == names  # pyright: ignore
     assert set(nnx_variables({"a": net})["params"]["a"]) == names  # pyright: ignore
     assert nnx_variables(nnx.Dropout(0.1)) == {}
+    assert nnx_variables({"a": nnx.Dropout(0.1)}) == {}  # pyright: ignore
     nnx_update(net, freeze(nnx_variables(net)))
 
 

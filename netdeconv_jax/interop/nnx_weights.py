@@ -88,7 +88,7 @@ def _variables(model: "nnx.Module") -> dict[Leaf, Any]:
 
     found, ours = {}, isinstance(model, nnx.State)
     for path, node in nnx.iter_graph(model):
-        ours = ours or isinstance(node, nnx.Object)
+        ours = ours or isinstance(node, nnx.Module)
         for kind, collection in ((nnx.Param, "params"), (nnx.BatchStat, "batch_stats")):
             if isinstance(node, kind):
                 found[(collection, *map(str, path))] = node
