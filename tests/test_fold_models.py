@@ -105,7 +105,9 @@ def check_folded(model, variables, x, tolerance):
     assert not KERNELS_OF_WHITENING & set(primitives(jax.make_jaxpr(plain.apply)(folded, x).jaxpr))
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "senet18" else ()) for n in NARROW]
+)
 def test_a_folded_network_gives_the_same_logits(name):
     check_folded(*made_up(name, **NARROW[name]), tolerance=1e-5)
 
