@@ -239,8 +239,8 @@ def _measured(run, args, kwargs, context):
     if module.use_running_average is False:
         return run(*args, **kwargs)  # the one below
     # Without memory: of a layer that is called more than once the last call counts. All data are here.
-    settings = {"use_running_average": False, "momentum": 0.0}
-    twin = module.clone(parent=module.scope, axis_name=None, axis_index_groups=None, **settings)
+    settings = {"use_running_average": False, "momentum": 0.0, "axis_name": None}
+    twin = module.clone(parent=module.scope, **settings)
     # Without the call's own flags: it measures whatever they say.
     twin(first_argument(context.orig_method, args, kwargs), mask=kwargs.get("mask"))
     return plainly(run, args, kwargs, context)

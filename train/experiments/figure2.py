@@ -1,5 +1,6 @@
 """Figure 2: the covariance of the first layer's patches, before and after."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.experiments.cell import Experiment, Results, Verdict
@@ -46,10 +47,7 @@ def _judge_covariance(results: Results) -> list[Verdict]:
             claims[1],
             "yes" if all(gone) else "in part" if any(gone) else "no",
             "a picture",
-            ", ".join(
-                f"{a['correlation']:.2f} to {b['correlation']:.3f}"
-                for a, b in zip(before, after, strict=True)
-            ),
+            _fall(before, after),
             "",
             counted(len(found), "dataset"),
             "Mean absolute correlation before and after fifteen iterations, as the stem of VGG has them, "
@@ -59,10 +57,7 @@ def _judge_covariance(results: Results) -> list[Verdict]:
             claims[2],
             "yes" if all(s["correlation"] < LEFT for s in five) else "in part" if halved else "no",
             "in words",
-            ", ".join(
-                f"{a['correlation']:.2f} to {b['correlation']:.3f}"
-                for a, b in zip(before, five, strict=True)
-            ),
+            _fall(before, five),
             "",
             counted(len(found), "dataset"),
             "Of the first layer; in part if correlations are at least halved. The condition goes "
@@ -71,6 +66,12 @@ def _judge_covariance(results: Results) -> list[Verdict]:
             "lead to better results is a matter of the ablation.",
         ),
     ]
+
+
+def _fall(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> str:
+    """The mean absolute correlation of each dataset, before and after."""
+    pairs = zip(before, after, strict=True)
+    return ", ".join(f"{a['correlation']:.2f} to {b['correlation']:.3f}" for a, b in pairs)
 
 
 def _tell_covariance(results: Results, draw: Any) -> list[str]:
