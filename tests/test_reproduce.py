@@ -263,9 +263,22 @@ def test_a_dataset_that_cannot_be_had_is_looked_for_once_and_its_cells_are_passe
     monkeypatch.setattr(runners, "load_images", lambda *args: looked.append(args[0]) or load(*args))
     assert told.run([Run("x", cell, 0) for cell in cells]) == 1
     assert record(tmp_path)["status"] == "done"
-    assert list(told.unreadable) == ["mnist"]
+    (why,) = told.passed_over
+    assert "holds no prepared mnist" in why
     assert looked.count("mnist") == 1
     assert sum("holds no prepared mnist" in line for line in said) == 2
+
+
+def test_a_cell_that_its_data_do_not_fit_is_passed_over_and_the_next_one_is_not(tmp_path):
+    told = runner(tmp_path)
+    cells = [
+        Cell("large", 0.1, CONFIG, SMALL | {"batch_size": 64}),
+        Cell("one", 0.1, CONFIG, SMALL),
+    ]
+    assert told.run([Run("x", cell, 0) for cell in cells]) == 1
+    assert record(tmp_path)["status"] == "done"
+    (why,) = told.passed_over
+    assert "`batch_size` must be at most the 40 training examples" in why
 
 
 def known(seconds, cell="one", minutes=1.0, **more):

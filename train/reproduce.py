@@ -95,9 +95,9 @@ def _run(arguments, runs, known) -> int:
         _say("stopped; the same command goes on from there")
         return stopped.exit_status
     _say(f"{done} cells done, {len(runs) - done} left")
-    for why in runner.unreadable.values():
+    for why in runner.passed_over:
         print(f"reproduce: {why}", file=sys.stderr)
-    return 1 if runner.unreadable else 0
+    return 1 if runner.passed_over else 0
 
 
 def _list(experiments, known) -> int:

@@ -43,7 +43,7 @@ class Runner:
       known: records that tell how long cells take here.
 
     Attributes:
-      unreadable: by dataset, why it cannot be had; its cells are passed over.
+      passed_over: why cells were, each reason once.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class Runner:
         self._compiling = [s for r in known if (s := r.get("compile_seconds", 0.0))]
         self._trainer: tuple[str, loop.Trainer] | None = None
         self._read = functools.lru_cache(maxsize=2)(lambda name: load_images(name, data_dir))
-        self.unreadable: dict[str, str] = {}
+        self._missing: dict[str, str] = {}  # by dataset, why it cannot be had
+        self.passed_over: list[str] = []
 
     def run(self, runs: Sequence[Run], budget: float = math.inf) -> int:
         """Run those cells in turn, first those that fit into what is left; return how many are finished.
@@ -95,6 +96,8 @@ class Runner:
                     done += 1
                 except DataError as error:
                     self._say(f"{run}: {error}")
+                    if str(error) not in self.passed_over:
+                        self.passed_over.append(str(error))
                 except Stopped:
                     if (signal := stop.noted()) is not None:
                         raise Stopped(0, signal) from None
@@ -116,12 +119,12 @@ class Runner:
         return None
 
     def _load(self, name: str) -> Dataset:
-        if name not in self.unreadable:
+        if name not in self._missing:
             try:
                 return self._read(name)
             except (ValueError, OSError) as error:  # once: looking for a dataset may take minutes
-                self.unreadable[name] = str(error).splitlines()[0]
-        raise DataError(self.unreadable[name])
+                self._missing[name] = str(error).splitlines()[0]
+        raise DataError(self._missing[name])
 
     def _one(self, run: Run, stop: Stop, deadline: float) -> None:
         start = time.monotonic()
@@ -193,8 +196,7 @@ class Runner:
         try:
             trainer = loop.Trainer(config, Resident(data, config))
         except ValueError as error:  # fewer images than a batch, and the like
-            self.unreadable[config.dataset] = str(error).splitlines()[0]
-            raise DataError(self.unreadable[config.dataset]) from error
+            raise DataError(str(error).splitlines()[0]) from error
         seconds = trainer.compile()
         self._compiling.append(seconds)
         self._trainer = (text, trainer)
