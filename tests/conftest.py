@@ -4,11 +4,11 @@ forbid it; so are warnings (pyproject.toml).
 float64 is never global: a test that wants it says `with jax.enable_x64():` or takes the fixture `x64`.
 
 Most of the time goes into compiling, so that what one process has compiled the others take from a cache,
-which ends with the run. Compiling with fewer optimizations would be quicker, but at
-`xla_backend_optimization_level=0` XLA computes wrong gradients on CPUs, some of them NaN (jaxlib 0.10; LeNet
-with batch norm).
+which ends with the run. `make test` compiles at `xla_backend_optimization_level=1`. At 0 XLA computes wrong
+gradients on CPUs, some of them NaN (jaxlib 0.10; LeNet with batch norm).
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -20,6 +20,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Tracing makes so many objects that Python's search for cycles among them took 8% of the time.
+gc.set_threshold(50_000, 20, 100)
 MOST_MEMORY = 3 * 2**30  # of a process, before what it has compiled is thrown away
 STATM = Path("/proc/self/statm")
 

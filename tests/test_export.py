@@ -164,7 +164,10 @@ def test_what_is_wrong_with_a_command_is_said_in_one_line(lenet, tmp_path, capsy
         ([tmp_path / "zero.safetensors"], "`input_shape` must be [height, width, channels], got"),
         ([tmp_path / "lone.safetensors"], "does not say network, norm, num_classes"),
         ([tmp_path / "linear.safetensors", "--image_size=9"], "`--image_size` 9x9 does not fit"),
-        ([path, f"--output={tmp_path / 'no' / 'where'}"], "No such file"),
+        (
+            [path, f"--output={tmp_path / 'no' / 'where'}"],
+            "`--output` must be in a folder that exists",
+        ),
         ([path, "--image_size=2"], "too small"),
     ):
         assert main([*map(str, arguments), "--format=stablehlo"]) == 2

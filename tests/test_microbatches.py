@@ -299,6 +299,14 @@ def test_a_momentum_out_of_range_is_refused(momentum):
         merge_batch_norm(new, momentum)
 
 
+def test_a_module_without_a_momentum_is_named():
+    new = {"stem": {"norm": {"mean": jnp.ones((2, 3)), "var": jnp.ones((2, 3))}}}
+    with pytest.raises(
+        ValueError, match=r"`momentum` must have a number for 'stem/norm', got \{\}"
+    ):
+        merge_batch_norm(new, {})
+
+
 @pytest.mark.parametrize(
     "batches", [(), jnp.ones(()), (jnp.ones((2, 3)), jnp.ones(3)), jnp.ones((0, 3))]
 )

@@ -60,6 +60,8 @@ def test_wrappers_of_training_scripts_are_taken_off(entries):
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`checkpoint` must be a .npz.*'net.onnx'"):
         load(tmp_path / "net.onnx")
+    with pytest.raises(TypeError, match="`checkpoint` must be a path, got 3"):
+        load(3)
 
 
 def test_everything_that_does_not_fit_is_named_at_once(entries):

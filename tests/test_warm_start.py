@@ -275,6 +275,10 @@ def test_models_may_take_several_arrays():
 def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(TypeError, match="`spec` must be a WhiteningSpec, got 5"):
         warm_start(ResNet(), {}, [X], 5)  # pyright: ignore
+    with pytest.raises(TypeError, match="`variables` must be nested dicts of arrays, got list"):
+        warm_start(ResNet(), [X], [X])  # pyright: ignore
+    with pytest.raises(TypeError, match="`batches` must be an iterable of batches, got 3"):
+        warm_start(ResNet(), {}, 3)  # pyright: ignore
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         warm_start(ResNet(), trained(ResNet()), [])
     for bare, shape in ((X, r"\(8, 8, 8, 3\)"), ({"image": X}, r"\{'image': \(8,")):

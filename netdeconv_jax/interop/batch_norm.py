@@ -35,7 +35,7 @@ def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) ->
     Returns:
       A tree like `new`, without the leading axis.
     Raises:
-      ValueError: `momentum` is not in [0, 1).
+      ValueError: `momentum` is not in [0, 1), or has no number for a module.
       TypeError: `new` is no nested dict, or `momentum` neither a number nor numbers by path.
 
     Source: ours; Chan, Golub and LeVeque 1979, for the pooling.
@@ -58,7 +58,10 @@ def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) ->
             continue
         merged[path] = leaf.mean(0)
         if (means := mean_beside(flat, path)) is not None:
-            share = momentum[path[:-1]] if isinstance(momentum, Mapping) else momentum
+            share = momentum.get(path[:-1]) if isinstance(momentum, Mapping) else momentum
+            if share is None:
+                module = "/".join(path[:-1])
+                raise ValueError(f"`momentum` must have a number for {module!r}, got {momentum!r}.")
             if not 0 <= share < 1:
                 raise ValueError(f"`momentum` must be in [0, 1), got {share}.")
             merged[path] += means.var(0) / (1 - share)

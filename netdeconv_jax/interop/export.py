@@ -19,6 +19,7 @@ from netdeconv_jax.interop.fold import fold
 from netdeconv_jax.interop.programs import export_onnx, export_stablehlo
 from netdeconv_jax.interop.trained import load_model, misfit, trained_shape
 from netdeconv_jax.models.registry import info
+from netdeconv_jax.ops.arguments import check_path
 
 FORMATS = {"stablehlo": export_stablehlo, "onnx": export_onnx}
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     output = given.output or given.weights.with_suffix(f".{given.format}")
     try:
+        if given.output:
+            check_path("--output", output, to_write=True)
         model, variables, metadata = load_model(given.weights)
         if not variables.get("params"):
             raise ValueError(f"`weights` must hold parameters, {str(given.weights)!r} holds none.")

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from netdeconv_jax.ops.arguments import check_path
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 INPUT, OUTPUT = "images", "logits"  # of an ONNX graph
 ONNX_TOLERANCE = 1e-3  # of the largest value; a wrong graph is wrong by much more
@@ -42,8 +44,9 @@ def export_stablehlo(
       The program: it maps [batch, *input_shape] to what the model returns.
     Raises:
       ValueError: `input_shape` is not of positive ints, or `variables` are missing or one too many.
+      TypeError: `path` is none.
       ImportError: the package flatbuffers is missing, which a file needs.
-      OSError: the file cannot be written.
+      OSError: the file cannot be written; FileNotFoundError, before all else, where its folder is missing.
 
     Source: ours, by `jax.export`.
 
@@ -58,6 +61,7 @@ def export_stablehlo(
       >>> again.platforms, again.call(x).shape
       (('cpu', 'cuda', 'tpu'), (2, 10))
     """
+    place = None if path is None else check_path("path", path, to_write=True)
     platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     if not platforms or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"`platforms` must be some of {PLATFORMS}, got {platforms}.")
@@ -65,8 +69,8 @@ def export_stablehlo(
     (batch,) = jax.export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, *_checked(input_shape)), dtype)
     program = jax.export.export(jax.jit(run), platforms=platforms)(x)
-    if path is not None:
-        _write(Path(path), _serialized(program))
+    if place is not None:
+        _write(place, _serialized(program))
     return program
 
 
@@ -92,7 +96,7 @@ def export_onnx(
       ImportError: jax2onnx or onnxruntime is missing: the extra `onnx`, in an environment of its own.
       RuntimeError: onnxruntime finds other values than the model, or cannot run the graph: jax2onnx does not
         translate all that JAX can do.
-      OSError: the file cannot be written.
+      TypeError, OSError: as `export_stablehlo`.
 
     Source: ours, by jax2onnx.
 
@@ -100,6 +104,7 @@ def export_onnx(
       >>> from netdeconv_jax.interop import export_onnx
       >>> graph = export_onnx(model, variables, (32, 32, 3), "model.onnx")  # doctest: +SKIP
     """
+    place = None if path is None else check_path("path", path, to_write=True)
     run = _forward(model, variables, apply_kwargs)
     shape = ("batch", *_checked(input_shape))
     try:
@@ -123,8 +128,8 @@ def export_onnx(
             f"onnxruntime cannot run what jax2onnx made of `model`: {reason}"
         ) from error
     _check_same(found, np.asarray(jax.jit(run)(x)))
-    if path is not None:
-        _write(Path(path), content)
+    if place is not None:
+        _write(place, content)
     return graph
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from flax import traverse_util
 from netdeconv_jax import models
 from netdeconv_jax.interop.torch_names import torch_module
 from netdeconv_jax.models.registry import info
+from netdeconv_jax.ops.arguments import check_path
 from netdeconv_jax.whitening import WhiteningSpec
 
 # Flax leaf -> entry of the state_dict. `step` counts for a freeze schedule; the original does not save it.
@@ -57,6 +57,7 @@ def load_torch_checkpoint(
     Raises:
       ValueError: an unknown `name`, a file of an unknown kind, or entries that are missing, unexpected or of
         another shape: all of them are named.
+      TypeError: `checkpoint` is neither a mapping nor a path.
       ImportError: the package that reads the file is missing.
 
     Source: the `state_dict` of the original models.
@@ -93,7 +94,7 @@ def load_torch_checkpoint(
 def _read(checkpoint: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    path = Path(checkpoint)
+    path = check_path("checkpoint", checkpoint)
     match path.suffix:
         case ".npz":
             with np.load(path) as file:

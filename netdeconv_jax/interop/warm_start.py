@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.core import meta, unfreeze
 
-from netdeconv_jax.interop.batch_norm import leaves
+from netdeconv_jax.interop.batch_norm import check_variables, leaves
 from netdeconv_jax.interop.dry_run import WHITENED, Layer, Norm, Path, dry_run
 from netdeconv_jax.interop.fold import fold, fold_batch_norm
 from netdeconv_jax.interop.folded_model import plainly
@@ -83,7 +83,8 @@ def warm_start(
       ValueError: `batches` is empty, or one batch itself; `spec` has a `local_norm`; `model` has nothing to
         convert, or layers stacked by `nn.scan`; or on the first batch outputs differ by more than rounding,
         as where a norm is not what it seems.
-      TypeError: `spec` is no `WhiteningSpec`, or `model` no Linen module.
+      TypeError: `spec` is no `WhiteningSpec`, `model` no Linen module, `variables` no nested dicts, or
+        `batches` no iterable.
 
     Source: ours.
 
@@ -103,6 +104,7 @@ def warm_start(
             f"`model` must be a Linen module, got {type(model).__name__}; for NNX there is "
             "`netdeconv_jax.nnx.warm_start`."
         )
+    check_variables("variables", variables)
     own = model.spec if isinstance(model, Network) else WhiteningSpec()
     check_no_local_norm(layer_spec(spec, own))
     flags = {"train": False} if apply_kwargs is None else dict(apply_kwargs)

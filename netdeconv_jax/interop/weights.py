@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import traverse_util
 from flax.core import meta, unfreeze
 
 from netdeconv_jax.interop.batch_norm import check_variables
+from netdeconv_jax.ops.arguments import check_path
 
 # What the format itself has no place for: which collections are empty, which metadata were not strings.
 _OWN = "netdeconv_jax"
@@ -51,9 +51,9 @@ def save_weights(
       variables: nested dicts of arrays, NumPy's or JAX's, all of them on this host; also empty ones.
       metadata: texts, or dicts (a config) that are kept as JSON, in which tuples become lists.
     Raises:
-      TypeError: `variables` are no nested dicts; a name that is not a string, a leaf that is not an array or
-        number, or a dtype that the format does not know; or metadata that are neither text nor made of what
-        JSON knows.
+      TypeError: `path` is none; `variables` are no nested dicts; a name that is not a string, a leaf that is
+        not an array or number, or a dtype that the format does not know; or metadata that are neither text
+        nor made of what JSON knows.
       ValueError: a name contains "/", or a metadata name is `netdeconv_jax`, our own.
       FileNotFoundError: the folder of `path` does not exist.
       OSError: the disk does not take it.
@@ -74,11 +74,9 @@ def save_weights(
       {'config': {'epochs': 90}}
     """
     library = _safetensors()
-    path = Path(path)
+    path = check_path("path", path, to_write=True)
     arrays, empty = _flatten(variables)
     texts = _metadata_texts(metadata or {}, empty)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"`path` must be in a folder that exists, got {str(path)!r}.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:  # not by the library: its files are its owner's alone
@@ -101,6 +99,7 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
       Variables as nested dicts of NumPy arrays (on no device yet, float64 intact), and the metadata, dicts
       where dicts were given.
     Raises:
+      TypeError: `path` is none.
       FileNotFoundError: there is no file at `path`.
       ValueError: it is not a safetensors file, or is damaged or truncated.
       ImportError: the package safetensors is missing.
@@ -113,7 +112,7 @@ def load_weights(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
       >>> logits = model.apply(variables, images)  # doctest: +SKIP
     """
     library = _safetensors()
-    path = Path(path)
+    path = check_path("path", path)
     if not path.is_file():
         what = "a folder" if path.is_dir() else "missing"
         raise FileNotFoundError(f"`path` must be a .safetensors file, but {str(path)!r} is {what}.")

@@ -3,7 +3,9 @@
 import functools
 import math
 import operator
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -77,6 +79,16 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> float:
     if not math.isfinite(value):
         raise ValueError(f"`{name}` must be finite, got {value}.")
     return value
+
+
+def check_path(name: str, path: Any, *, to_write: bool = False) -> Path:
+    """Return `path` as a `Path`, once it is known to be one or its text; `to_write`: its folder exists."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`{name}` must be a path, got {path!r}.")
+    path = Path(path)
+    if to_write and not path.parent.is_dir():
+        raise FileNotFoundError(f"`{name}` must be in a folder that exists, got {str(path)!r}.")
+    return path
 
 
 def check_broadcastable(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:

@@ -15,13 +15,17 @@ def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
 
     Raises:
       ValueError: `batches` is one batch, whose examples would pass for batches.
+      TypeError: it is no iterable.
     """
     if hasattr(batches, "shape") or isinstance(batches, Mapping):
         shapes = jax.tree.map(lambda leaf: leaf.shape, batches)
         raise ValueError(
             f"`batches` must be an iterable of batches, as a list of one; got one batch of shape {shapes}."
         )
-    return iter(batches)
+    try:
+        return iter(batches)
+    except TypeError:
+        raise TypeError(f"`batches` must be an iterable of batches, got {batches!r}.") from None
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:
@@ -34,6 +38,7 @@ def first_and_all(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
 
     Raises:
       ValueError: there is none, or `batches` is one batch itself.
+      TypeError: `batches` is no iterable.
     """
     rest = checked_batches(batches)
     if (first := next(rest, None)) is None:

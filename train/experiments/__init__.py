@@ -9,6 +9,7 @@ from train.experiments.figure4 import FIGURE4A, FIGURE4B, FIGURE4CD
 from train.experiments.figure8a import FIGURE8A
 from train.experiments.figure9 import FIGURE9, ROWS
 from train.experiments.race import RACE
+from train.experiments.race_cpu import RACE_CPU
 from train.experiments.speedrun import SPEEDRUN
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -21,6 +22,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         FIGURE3,
         ROWS,
         RACE,
+        RACE_CPU,
         EPOCH1,
         ABLATION,
         FIGURE9,

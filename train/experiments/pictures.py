@@ -88,6 +88,40 @@ class Pictures:
         draw_curves(curves, path, caption=caption)
         return markdown
 
+    def ends(
+        self,
+        name: str,
+        runs: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+        *,
+        title: str,
+        mark: float,
+    ) -> str:
+        """Draw what whole runs end with over the minutes that they take.
+
+        Args:
+          name: of the file.
+          runs: by norm, for each length of a run its minutes and the accuracy of every seed in percent.
+          title: above the picture.
+          mark: a dashed line, in percent.
+        """
+        path, markdown = self._place(name, title)
+        figure = Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for norm, lengths in runs.items():
+            minutes = [minute for minute, _ in lengths]
+            means = [float(np.mean(values)) for _, values in lengths]
+            axes.plot(minutes, means, "o-", color=COLOURS[norm], lw=1.8, ms=5, label=NORMS[norm])
+            for minute, values in lengths:
+                axes.plot([minute] * len(values), values, ".", color=COLOURS[norm], ms=5, alpha=0.6)
+        axes.axhline(mark, color=INK, lw=0.9, ls="--")
+        axes.set_xlabel("minutes of training steps, a dot a run", fontsize=9, color=INK)
+        axes.set_ylabel("test accuracy at its end, %", fontsize=9, color=INK)
+        axes.legend(fontsize=8.5, frameon=False, loc="lower right")
+        _plain(axes)
+        figure.suptitle(title, fontsize=11, weight="bold", color=INK, x=0.02, ha="left")
+        FigureCanvasAgg(figure).print_png(path)
+        return markdown
+
     def dots(self, name: str, rows: Sequence[Mapping[str, Any]], *, title: str, what: str) -> str:
         """Draw a line for each row with a dot for every figure, ours full and the published hollow.
 
