@@ -475,7 +475,7 @@ def test_the_page_says_first_what_does_not_hold(tmp_path):
     assert "The other way round: resnet18, pnasnet_a." in text
     assert "| resnet18 | batch norm | 60.50 (60.00 to 61.00) | 56.25 |  | +4.25 | 2 |" in text
     assert (tmp_path / "docs/images/reproduction/summary.png").is_file()
-    assert (tmp_path / "docs/images/reproduction/table_1_1.png").is_file()
+    assert (tmp_path / "docs/images/reproduction/table1_epoch1.png").is_file()
 
 
 def speedruns(tmp_path, *runs):

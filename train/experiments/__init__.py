@@ -2,7 +2,7 @@
 
 from train.experiments.ablation import ABLATION, ABLATION10
 from train.experiments.cell import Experiment
-from train.experiments.cifar import EPOCH1, EPOCH20, PREPRINT20
+from train.experiments.cifar import PREPRINT20, PREPRINT100, TABLE1
 from train.experiments.figure2 import FIGURE2
 from train.experiments.figure3 import FIGURE3
 from train.experiments.figure4 import FIGURE4A, FIGURE4B, FIGURE4CD
@@ -23,13 +23,18 @@ EXPERIMENTS: dict[str, Experiment] = {
         ROWS,
         RACE,
         RACE_CPU,
-        EPOCH1,
+        TABLE1["cifar10", 1],
+        TABLE1["cifar100", 1],
         ABLATION,
         FIGURE9,
         PREPRINT20,
         SPEEDRUN,
-        EPOCH20,
+        TABLE1["cifar10", 20],
+        TABLE1["cifar100", 20],
         FIGURE8A,
         ABLATION10,
+        PREPRINT100,
+        TABLE1["cifar10", 100],
+        TABLE1["cifar100", 100],
     )
 }

@@ -1,9 +1,10 @@
-"""Accuracies on CIFAR-10: the columns of Table 1.
+"""Accuracies on CIFAR-10 and CIFAR-100: the columns of Table 1.
 
 The recipe is the original code's, see `configs/cifar10.py`, and so are the networks (`layout="original"`). A
 column of one epoch is a run of one epoch, its learning rate brought to zero within it.
 """
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,21 +13,30 @@ from typing import Any
 
 from train.experiments import evidence
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
-from train.experiments.published import FINAL, PREPRINT, REPLICATED
+from train.experiments.published import (
+    FINAL,
+    FINAL_CIFAR100,
+    PREPRINT,
+    PREPRINT_CIFAR100,
+    REPLICATED,
+)
 from train.experiments.tables import counted, device, listed, mean_range, table
 
 IN_PYTORCH = (
     Path(__file__).parents[2] / "benchmarks" / "results" / "torch_batch_norm.json"
 )  # not one of our runs
 NORMS = {"batch": "batch norm", "channel": "channel deconvolution", "deconv": "deconvolution"}
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 CLOSE = {
     1: 5.0,
     20: 0.5,
+    100: 0.5,
 }  # percent: as near to a published figure of one run as one may hope, by epochs
 # Of ResNet-18 of width 16 after 2 epochs, as the records of `ablation` have it; for runs of one epoch until
 # these have seeds enough of their own.
 ABLATION_NOISE = evidence.Noise(1.09, 14)
-LENDERS = {1: "the ablation below", 20: "the replication study"}
+# Of how much seeds differ, by dataset and epochs.
+LENDERS = {("cifar10", 1): "the ablation below", ("cifar10", 20): "the replication study"}
 # Minutes of an epoch on two cores with batch norm and with deconvolution: by multiply-adds, from ResNet-18's;
 # those with depthwise convolutions by a step, EfficientNet's by its runs.
 MINUTES = {
@@ -34,6 +44,7 @@ MINUTES = {
     "preact_resnet18": (8.1, 15.1),
     "senet18": (8.2, 15.2),
     "vgg11": (15, 25),
+    "vgg13": (17, 32),
     "efficientnet_b0": (6, 8),
     "vgg16": (20, 40),
     "resnext29_32x4d": (20.1, 25),
@@ -45,15 +56,59 @@ MINUTES = {
 }
 
 
-def _cells(published: Mapping[str, Any], epochs: int, norms: Sequence[str]) -> Iterable[Cell]:
-    for network in published:
-        for norm in norms:
-            yield Cell(
-                f"{network}-{norm}",
-                epochs * MINUTES[network][norm != "batch"],
-                f"configs/cifar10.py:{network},{norm}",
-                {"epochs": epochs, "model.layout": "original"},
-            )
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+      name: of the experiment.
+      title: of the table.
+      published: accuracies by network, epochs and norm.
+      epochs: of a run.
+      dataset: by name.
+      norms: that the table has.
+      changes: what the table's recipe has in the place of the original code's.
+    """
+
+    name: str
+    title: str
+    published: Mapping[str, Mapping[int, Mapping[str, float]]]
+    epochs: int
+    dataset: str = "cifar10"
+    norms: tuple[str, ...] = ("batch", "deconv")
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def after(self) -> str:
+        """What it is of, `Table 1, CIFAR-10, 1 epoch`."""
+        return f"{self.title}, {DATASETS[self.dataset]}, {counted(self.epochs, 'epoch')}"
+
+    @property
+    def lender(self) -> str | None:
+        """Who tells how much seeds differ where the column has too few of its own."""
+        return LENDERS.get((self.dataset, self.epochs))
+
+    def cells(self) -> Iterable[Cell]:
+        """Every network with every norm."""
+        for network in self.published:
+            for norm in self.norms:
+                yield Cell(
+                    f"{network}-{norm}",
+                    self.epochs * MINUTES[network][norm != "batch"],
+                    f"configs/{self.dataset}.py:{network},{norm}",
+                    {"epochs": self.epochs, "model.layout": "original", **self.changes},
+                )
+
+    def experiment(self, shows: str) -> Experiment:
+        """Return it as an experiment that shows `shows`."""
+        return Experiment(
+            self.name,
+            shows,
+            tuple(self.cells()),
+            lambda results: _judge(results, self),
+            lambda results, draw: _tell(results, draw, self),
+            seeds_last=self.epochs > 1,
+        )
 
 
 def accuracies(runs: Sequence[Result], epoch: int = 0) -> list[float]:
@@ -72,36 +127,33 @@ def _found(results: Results, network: str) -> dict[str, list[float]]:
     return {norm: values for norm, values in cells.items() if values}
 
 
-def _judge(
-    results: Results, *, published: Mapping[str, Any], epochs: int, name: str
-) -> list[Verdict]:
-    found = {network: _found(results, network) for network in published}
-    after = f"{name}, {counted(epochs, 'epoch')}"
+def _judge(results: Results, column: Column) -> list[Verdict]:
+    found = {network: _found(results, network) for network in column.published}
     every = [values for cells in found.values() for values in cells.values()]
-    verdicts = [
-        _beats(found, published, epochs, "batch", f"{after}: deconvolution beats batch norm", every)
+    claims = {"batch": "deconvolution beats batch norm"}
+    if "channel" in column.norms:
+        claims["channel"] = "full deconvolution beats channel deconvolution"
+    return [
+        *(_beats(found, column, other, claim, every) for other, claim in claims.items()),
+        _reached(found, column),
     ]
-    if any("channel" in columns[epochs] for columns in published.values()):
-        claim = f"{after}: full deconvolution beats channel deconvolution"
-        verdicts.append(_beats(found, published, epochs, "channel", claim, every))
-    return [*verdicts, _reached(found, published, epochs, after)]
 
 
 def _beats(
     found: Mapping[str, Mapping[str, list[float]]],
-    published: Mapping[str, Any],
-    epochs: int,
+    column: Column,
     other: str,
     claim: str,
     every: Sequence[Sequence[float]],
 ) -> Verdict:
     """Judge deconvolution against another norm over all networks that have both."""
+    claim, published, epochs = f"{column.after}: {claim}", column.published, column.epochs
     both = {n: cells for n, cells in found.items() if {other, "deconv"} <= set(cells)}
     all_theirs = [c[epochs]["deconv"] - c[epochs][other] for c in published.values()]
     if not both:
         return Verdict(claim, "not run", f"{statistics.fmean(all_theirs):+.1f} on average")
     noise = evidence.noise(every)
-    borrowed = noise is None or noise.freedom < evidence.ENOUGH
+    borrowed = column.lender and (noise is None or noise.freedom < evidence.ENOUGH)
     said = {
         n: evidence.better(c["deconv"], c[other], _borrowed(n, epochs) if borrowed else noise)
         for n, c in both.items()
@@ -130,7 +182,7 @@ def _beats(
         + "."
         + (f" The other way round: {', '.join(lost)}." if lost else "")
         + (f" Chance may make as much of so few runs: {', '.join(open_)}." if open_ else "")
-        + (f" How much seeds differ is taken from {LENDERS[epochs]}." if borrowed else ""),
+        + (f" How much seeds differ is taken from {column.lender}." if borrowed else ""),
     )
 
 
@@ -140,14 +192,10 @@ def _borrowed(network: str, epochs: int) -> evidence.Noise | None:
     return evidence.of_ranges(REPLICATED.get(network, {}).values())
 
 
-def _reached(
-    found: Mapping[str, Mapping[str, list[float]]],
-    published: Mapping[str, Any],
-    epochs: int,
-    after: str,
-) -> Verdict:
+def _reached(found: Mapping[str, Mapping[str, list[float]]], column: Column) -> Verdict:
     """Judge whether the published accuracies themselves are reached; of one run each, so within a margin."""
-    claim, margin = f"{after}: the published accuracies are reached", CLOSE[epochs]
+    published, epochs, margin = column.published, column.epochs, CLOSE[column.epochs]
+    claim = f"{column.after}: the published accuracies are reached"
     off = {
         f"{n} {NORMS[norm]}": statistics.fmean(values) - published[n][epochs][norm]
         for n, cells in found.items()
@@ -180,7 +228,7 @@ def _reached(
         )
         + (
             " PyTorch misses ResNet-18's with batch norm too (below the table)."
-            if epochs == 1 and "resnet18 batch norm" in short
+            if column.name == "table1_epoch1" and "resnet18 batch norm" in short
             else ""
         ),
     )
@@ -192,11 +240,10 @@ def seed_counts(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
-def _tell(
-    results: Results, draw: Any, *, published: Mapping[str, Any], epochs: int, name: str
-) -> list[str]:
-    rows, dots = [], []
-    for network, columns in published.items():
+def _tell(results: Results, draw: Any, column: Column) -> list[str]:
+    rows, dots, epochs = [], [], column.epochs
+    replicated = REPLICATED if (column.dataset, epochs) == ("cifar10", 20) else {}
+    for network, columns in column.published.items():
         found = _found(results, network)
         if not found:
             continue
@@ -204,7 +251,7 @@ def _tell(
         for norm, values in found.items():
             theirs = columns[epochs].get(norm)
             dot[norm] = {"ours": values, "published": theirs}
-            again = REPLICATED.get(network, {}).get(norm) if epochs == 20 else None
+            again = replicated.get(network, {}).get(norm)
             rows.append(
                 [
                     network,
@@ -220,12 +267,11 @@ def _tell(
         dots.append(dot)
     if not rows:
         return ["Not run."]
-    title = f"{name}: CIFAR-10 after {epochs} {'epoch' if epochs == 1 else 'epochs'}"
+    title = f"{column.title}: {DATASETS[column.dataset]} after {counted(epochs, 'epoch')}"
     heads = ["", "", "ours", "published", "replicated", "difference", "n", "seconds a run"]
-    picture = draw.dots(
-        name.lower().replace(" ", "_") + f"_{epochs}", dots, title=title, what="test accuracy, %"
-    )
-    return [picture, "", *table(heads, rows), *(_in_pytorch() if epochs == 1 else [])]
+    picture = draw.dots(column.name, dots, title=title, what="test accuracy, %")
+    beside = _in_pytorch() if column.name == "table1_epoch1" else []
+    return [picture, "", *table(heads, rows), *beside]
 
 
 def _in_pytorch() -> list[str]:
@@ -252,31 +298,27 @@ def cost(runs: Sequence[Result]) -> str:
     return f"{seconds:.0f}, {listed(devices)}"
 
 
-def _column(
-    name: str, shows: str, published: Any, epochs: int, norms: Sequence[str], title: str
-) -> Experiment:
-    settings = {"published": published, "epochs": epochs, "name": title}
-    return Experiment(
-        name,
-        shows,
-        tuple(_cells(published, epochs, norms)),
-        lambda results: _judge(results, **settings),
-        lambda results, draw: _tell(results, draw, **settings),
-        seeds_last=epochs > 1,
-    )
-
-
-EPOCH1 = _column(
-    "table1_epoch1", "CIFAR-10, 1 epoch, ten networks", FINAL, 1, ("batch", "deconv"), "Table 1"
+THREE = ("batch", "channel", "deconv")
+TABLE1 = {
+    (dataset, epochs): Column(
+        f"table1_epoch{epochs}" if dataset == "cifar10" else f"table1_{dataset}_epoch{epochs}",
+        "Table 1",
+        published,
+        epochs,
+        dataset,
+    ).experiment(f"{DATASETS[dataset]}, {counted(epochs, 'epoch')}, ten networks")
+    for dataset, published in (("cifar10", FINAL), ("cifar100", FINAL_CIFAR100))
+    for epochs in (1, 20, 100)
+}
+PREPRINT20 = Column("preprint_table1", "Preprint table 1", PREPRINT, 20, norms=THREE).experiment(
+    "CIFAR-10, 20 epochs, three networks and three norms"
 )
-EPOCH20 = _column(
-    "table1_epoch20", "CIFAR-10, 20 epochs, ten networks", FINAL, 20, ("batch", "deconv"), "Table 1"
-)
-PREPRINT20 = _column(
-    "preprint_table1",
-    "CIFAR-10, 20 epochs, three networks and three norms",
-    PREPRINT,
-    20,
-    ("batch", "channel", "deconv"),
+PREPRINT100 = Column(
+    "preprint_table1_cifar100",
     "Preprint table 1",
-)
+    PREPRINT_CIFAR100,
+    100,
+    "cifar100",
+    THREE,
+    {"batch_size": 256, "optimizer.weight_decay": 5e-3},
+).experiment("CIFAR-100, 100 epochs, three networks and three norms")
