@@ -588,6 +588,46 @@ def test_who_never_gets_there_has_lost_the_race(tmp_path):
     assert "1, 1 diverged" in table[-1]
 
 
+def raced_on_a_cpu(tmp_path, **cells):
+    """The verdict and the table, by cell seconds a step and test accuracy by epoch of 100 steps."""
+    for name, (seconds, *accuracy) in cells.items():
+        condition, epochs, rate = name.split("_")
+        cell = f"{condition}-epochs{epochs}-rate0.{rate}"
+        written(tmp_path, "race_cpu", cell, 0, 0.0)
+        path = tmp_path / f"race_cpu/{cell}-seed0.json"
+        rows = [
+            {"step": 100 * epoch, "step_seconds": seconds, "test_accuracy": value}
+            for epoch, value in enumerate(accuracy, 1)
+        ]
+        status = "done" if len(rows) == int(epochs) else "diverged"
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"epochs": rows, "status": status})
+        )
+    experiment = EXPERIMENTS["race_cpu"]
+    found = results.read(tmp_path, experiment)
+    (verdict,) = experiment.judge(found)
+    return verdict, experiment.tell(found, Pictures(tmp_path / "page.md"))
+
+
+def test_the_race_on_a_cpu_takes_the_soonest_run_of_each_norm(tmp_path):
+    verdict, _ = raced_on_a_cpu(tmp_path, batch_4_03=(0.5, 0.6, 0.7, 0.81, 0.82))
+    assert verdict.holds == "not run"
+    verdict, _ = raced_on_a_cpu(tmp_path, fast_2_1=(0.6, 0.7, 0.79))
+    assert (verdict.holds, verdict.ours[:13]) == ("undecided", "deconvolution")
+    verdict, _ = raced_on_a_cpu(tmp_path, every4_2_03=(0.5,))
+    assert verdict.holds == "undecided"
+    verdict, (picture, _, *table) = raced_on_a_cpu(tmp_path, fast_3_3=(0.6, 0.7, 0.8, 0.85))
+    assert (verdict.holds, verdict.ours) == ("in part", "120 s against 150 s")
+    assert verdict.why.startswith("`WhiteningSpec.fast()` in a run of 3 epochs at rate 0.3, batch")
+    assert (tmp_path / "images/reproduction/race_cpu.png").stat().st_size > 10_000
+    assert picture.endswith("(images/reproduction/race_cpu.png)")
+    rows = [row.split(" | ")[1:7] for row in table[2:]]
+    assert rows[2] == ["0.3", "3", "85.00", "600", "120", "1"]
+    assert rows[3] == ["0.03", "2", "", "", "not reached", "0, 1 diverged"]
+    verdict, _ = raced_on_a_cpu(tmp_path, batch_6_03=(0.1, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8))
+    assert verdict.holds == "no"
+
+
 def test_a_page_of_nothing_claims_nothing(tmp_path):
     text = page(tmp_path, tmp_path)
     assert "that were tested" not in text
