@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prepared_folders import encode, prepare_photos
 from scipy import stats
 
 from netdeconv_jax.whitening import ChebyshevRidge, Eigh
@@ -20,7 +22,7 @@ from train import config as configs
 from train import loop, whitening
 from train.data.resident import Resident
 from train.data.sources import Dataset, Examples
-from train.experiments import EXPERIMENTS, cifar, evidence, images, results
+from train.experiments import EXPERIMENTS, columns, evidence, images, results
 from train.experiments import runner as runners
 from train.experiments.cell import Cell, Run, choose
 from train.experiments.pictures import Pictures
@@ -279,6 +281,26 @@ def test_a_cell_that_its_data_do_not_fit_is_passed_over_and_the_next_one_is_not(
     assert record(tmp_path)["status"] == "done"
     (why,) = told.passed_over
     assert "`batch_size` must be at most the 40 training examples" in why
+
+
+def test_photos_are_streamed_and_their_threads_end(tmp_path):
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (24, 30, 3), np.uint8) for _ in range(12)]
+    records = [
+        {"image": encode(photo, ".jpg"), "label": i % 3, "file_name": f"{i}.JPEG"}
+        for i, photo in enumerate(photos)
+    ]
+    prepare_photos(tmp_path, {"train": records, "validation": records[:5]})
+    size = {"augment.image_size": 16, "augment.eval_resize": 18}
+    cell = Cell("one", 0.1, "configs/imagenet.py:linear,none", SMALL | size | {"augment.crop": 0})
+    before = set(threading.enumerate())
+    told = Runner(tmp_path / "records", tmp_path / "work", str(tmp_path), print)
+    assert told.run([Run("x", cell, 0)]) == 1
+    assert [row["step"] for row in record(tmp_path)["epochs"]] == [1, 2]
+    assert set(threading.enumerate()) <= before
+    lost = Runner(tmp_path / "records", tmp_path / "work", str(tmp_path / "no"), print)
+    assert lost.run([Run("x", cell, 1)]) == 0
+    assert "holds no prepared imagenet2012" in lost.passed_over[0]
 
 
 def known(seconds, cell="one", minutes=1.0, **more):
@@ -701,10 +723,10 @@ def test_one_seed_is_decided_by_the_seeds_of_others_and_nothing_without_any():
 
 def test_what_the_first_epoch_borrows_is_what_the_ablation_has():
     found = results.read(ROOT / "benchmarks/results", EXPERIMENTS["ablation"])
-    noise = evidence.noise([cifar.accuracies(runs) for runs in found.values()])
+    noise = evidence.noise([columns.accuracies(runs) for runs in found.values()])
     assert noise is not None
-    assert noise.deviation == pytest.approx(cifar.ABLATION_NOISE.deviation, rel=0.1)
-    assert noise.freedom >= cifar.ABLATION_NOISE.freedom
+    assert noise.deviation == pytest.approx(columns.ABLATION_NOISE.deviation, rel=0.1)
+    assert noise.freedom >= columns.ABLATION_NOISE.freedom
 
 
 def test_a_published_range_of_three_seeds_gives_its_deviation():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from train.curves import INK
 from train.experiments import sweeps
 from train.experiments.cell import Experiment, Results, Verdict
-from train.experiments.cifar import accuracies
+from train.experiments.columns import accuracies
 from train.experiments.pictures import Pictures, draw_dots, draw_losses
 from train.experiments.published import FINAL, WITHOUT
 from train.experiments.tables import counted, device, listed, table

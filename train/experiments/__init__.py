@@ -2,7 +2,7 @@
 
 from train.experiments.ablation import ABLATION, ABLATION10
 from train.experiments.cell import Experiment
-from train.experiments.cifar import PREPRINT20, PREPRINT100, TABLE1
+from train.experiments.columns import IMAGENET, PREPRINT20, PREPRINT100, TABLE1
 from train.experiments.figure2 import FIGURE2
 from train.experiments.figure3 import FIGURE3
 from train.experiments.figure4 import FIGURE4A, FIGURE4B, FIGURE4CD
@@ -36,5 +36,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         PREPRINT100,
         TABLE1["cifar10", 100],
         TABLE1["cifar100", 100],
+        IMAGENET,
     )
 }

@@ -21,7 +21,7 @@ from train.experiments.ablation_conditions import (
     Claim,
 )
 from train.experiments.cell import Cell, Experiment, Results, Verdict
-from train.experiments.cifar import accuracies
+from train.experiments.columns import accuracies
 from train.experiments.tables import mean_range, table
 
 _EXPENSIVE = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from train.experiments import evidence
 from train.experiments.cell import Cell, Experiment, Results, Verdict
-from train.experiments.cifar import NORMS, accuracies, seed_counts
+from train.experiments.columns import NORMS, accuracies, seed_counts
 from train.experiments.tables import mean_range, table
 
 DECAYS = (5e-4, 1e-3, 2e-3, 5e-3)

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.experiments import evidence
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
-from train.experiments.cifar import MINUTES, accuracies
+from train.experiments.columns import MINUTES, accuracies
 from train.experiments.published import FINAL, REPLICATED
 from train.experiments.tables import mean_range, table
 

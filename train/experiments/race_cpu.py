@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
-from train.experiments.cifar import accuracies
+from train.experiments.columns import accuracies
 from train.experiments.race import GOAL
 from train.experiments.tables import device, listed, mean_range, table
 

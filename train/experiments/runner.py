@@ -14,9 +14,8 @@ from typing import Any
 import jax
 
 from train import config as configs
-from train import loop, whitening
-from train.data.resident import Resident
-from train.data.sources import Dataset
+from train import data, loop, whitening
+from train.data import Dataset, Input, Resident
 from train.experiments import results
 from train.experiments.cell import Result, Run
 from train.experiments.images import load_images
@@ -80,30 +79,36 @@ class Runner:
         Raises:
           Stopped: a signal came; all is on disk.
         """
-        deadline, waiting, done = time.monotonic() + budget, list(runs), 0
         with Stop() as stop:
-            while waiting and (left := deadline - time.monotonic()) > LEAST:
-                fits = (run for run in waiting if (self.estimate(run) or 0.0) <= left)
-                run = next(fits, None)
-                if run is None and left < 2 * statistics.median(self._compiling or [0.0]):
-                    break
-                run = run or next((run for run in waiting if not run.cell.measure), None)
-                if run is None:
-                    break
-                waiting.remove(run)
-                try:
-                    self._one(run, stop, deadline)
-                    done += 1
-                except DataError as error:
-                    self._say(f"{run}: {error}")
-                    if str(error) not in self.passed_over:
-                        self.passed_over.append(str(error))
-                except Stopped:
-                    if (signal := stop.noted()) is not None:
-                        raise Stopped(0, signal) from None
-                    self._say(f"{run}: the budget is spent; the same command goes on")
+            try:
+                return self._all(list(runs), time.monotonic() + budget, stop)
+            finally:
+                self._release()
+
+    def _all(self, waiting: list[Run], deadline: float, stop: Stop) -> int:
+        done = 0
+        while waiting and (left := deadline - time.monotonic()) > LEAST:
+            fits = (run for run in waiting if (self.estimate(run) or 0.0) <= left)
+            run = next(fits, None)
+            if run is None and left < 2 * statistics.median(self._compiling or [0.0]):
+                break
+            run = run or next((run for run in waiting if not run.cell.measure), None)
+            if run is None:
+                break
+            waiting.remove(run)
+            try:
+                self._one(run, stop, deadline)
+                done += 1
+            except DataError as error:
+                self._say(f"{run}: {error}")
+                if str(error) not in self.passed_over:
+                    self.passed_over.append(str(error))
+            except Stopped:
                 if (signal := stop.noted()) is not None:
-                    raise Stopped(0, signal)
+                    raise Stopped(0, signal) from None
+                self._say(f"{run}: the budget is spent; the same command goes on")
+            if (signal := stop.noted()) is not None:
+                raise Stopped(0, signal)
         return done
 
     def estimate(self, run: Run) -> float | None:
@@ -125,6 +130,20 @@ class Runner:
             except (ValueError, OSError) as error:  # once: looking for a dataset may take minutes
                 self._missing[name] = str(error).splitlines()[0]
         raise DataError(self._missing[name])
+
+    def _release(self) -> None:
+        """Give the memory and the threads of the last trainer free."""
+        if self._trainer is not None:
+            self._trainer[1].data.close()
+        self._trainer = None
+
+    def _input(self, config: Any) -> Input:
+        try:
+            if config.dataset in data.STREAMED:
+                return data.create(config)
+            return Resident(self._load(config.dataset), config)
+        except (ValueError, OSError) as error:
+            raise DataError(str(error).splitlines()[0]) from error
 
     def _one(self, run: Run, stop: Stop, deadline: float) -> None:
         start = time.monotonic()
@@ -191,11 +210,12 @@ class Runner:
         """Return a trainer that is compiled, the last one where only the seed is another."""
         if self._trainer is not None and self._trainer[0] == text:
             return self._trainer[1], 0.0
-        self._trainer = None  # gives its memory free
-        data = self._load(config.dataset)
+        self._release()
+        examples = self._input(config)
         try:
-            trainer = loop.Trainer(config, Resident(data, config))
+            trainer = loop.Trainer(config, examples)
         except ValueError as error:  # fewer images than a batch, and the like
+            examples.close()
             raise DataError(str(error).splitlines()[0]) from error
         seconds = trainer.compile()
         self._compiling.append(seconds)
