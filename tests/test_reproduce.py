@@ -415,8 +415,14 @@ def test_cells_run_with_jax_flax_optax_and_orbax_alone(tmp_path):
 
 
 def test_the_list_says_what_is_missing(tmp_path, capsys):
+    written(tmp_path, "table1_epoch1", "resnet18-batch", 0, 0.5)
     assert main(["list", f"--results={tmp_path}"]) == 0
-    assert "table1_epoch1      0/60" in capsys.readouterr().out
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    told = {name: [done, *rest[:2]] for name, done, *rest in lines}
+    assert told["table1_epoch1"] == ["1/60", "25", "h"]
+    assert told["table1_cifar100_epoch1"] == ["0/60", "25", "h"]
+    assert told["preprint_table1"] == ["0/27", "11", "days"]
+    assert told["rows"] == ["0/2", "2", "min"]
 
 
 def told(tmp_path, capsys, *arguments):

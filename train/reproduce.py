@@ -101,14 +101,24 @@ def _run(arguments, runs, known) -> int:
 
 
 def _list(experiments, known) -> int:
+    """Name every experiment: how many of its cells are recorded, and what the others take two CPU cores."""
+    _say("cells done, and what those left take on two CPU cores")
+    width = max(map(len, experiments))
     for name, one in experiments.items():
         runs = one.runs()
         have = {(cell, r["seed"]) for cell, rows in known[name].items() for r in rows}
         left = [run for run in runs if (run.cell.name, run.seed) not in have]
         minutes = sum(run.cell.minutes for run in left)
         done = f"{len(runs) - len(left):3}/{len(runs):<3}"
-        _say(f"{name:16} {done} {minutes:7.0f} min of two CPU cores left   {one.shows}")
+        _say(f"{name:{width}} {done} {_lasting(minutes):>10}   {one.shows}")
     return 0
+
+
+def _lasting(minutes: float) -> str:
+    """Return `90 min`, `30 h` or `12 days`; "" for none."""
+    if minutes < 120:
+        return f"{minutes:.0f} min" if minutes else ""
+    return f"{minutes / 60:.0f} h" if minutes < 2880 else f"{minutes / 1440:.0f} days"
 
 
 def _parser() -> argparse.ArgumentParser:
