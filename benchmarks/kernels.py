@@ -1,6 +1,6 @@
 """How many kernels a training step is on a GPU, and what it takes to compile, without a GPU.
 
-  pip install "jax[cuda13]" flax optax
+  pip install "jax[cuda13]" flax optax    # or cuda12
   python -m benchmarks.kernels --network=resnet18 --batch=128 --size=32 --dtype=bfloat16 \
       --contenders=batch,deconv:fast,none
 

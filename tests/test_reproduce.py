@@ -501,7 +501,7 @@ def test_the_page_says_first_what_does_not_hold(tmp_path):
     assert "deconvolution beats batch norm | **does not hold**" in claims[0]
     assert "-8.0, 0 of 2 networks" in claims[0]
     assert "The other way round: resnet18, pnasnet_a." in text
-    assert "| resnet18 | batch norm | 60.50 (60.00 to 61.00) | 56.25 |  | +4.25 | 2 |" in text
+    assert "| resnet18 | batch norm | 60.50 (60.00 to 61.00) | 56.25 | +4.25 | 2 |" in text
     assert (tmp_path / "docs/images/reproduction/summary.png").is_file()
     assert (tmp_path / "docs/images/reproduction/table1_epoch1.png").is_file()
 

@@ -30,8 +30,9 @@ RULE = """A difference between two conditions counts if chance alone would excee
 Student's t with the variance of seeds, pooled over the conditions of an experiment
 (`train/experiments/evidence.py`), or borrowed where it has too few, which is then said; each comparison by
 itself, so that of twenty without any difference one may count. *In part*: true of a part of what is claimed,
-or in part of the networks. *Undecided*: too few runs, or nothing to compare with. n: seeds. Why each verdict
-is what it is stands in its section below."""
+or in part of the networks. *Undecided*: too few runs, or nothing to compare with. n: seeds.
+*Difference*: ours from the published figure, or our gap between two conditions from the published gap; where
+nothing is published, the gap itself. Why each verdict is what it is stands in its section below."""
 
 HEAD = """# The paper, reproduced
 
@@ -83,7 +84,11 @@ def write_page(
             f"- {v.claim}: {_sentences(MARKS[v.holds], v.ours, v.why)}" for v in verdicts[name]
         ]
         lines += [""]
-    missing = [f"- `{name}`: {one.shows}" for name, one in experiments.items() if not found[name]]
+    missing = [
+        f"- `{name}`: {one.shows} ({counted(len(verdicts[name]), 'claim')})"
+        for name, one in experiments.items()
+        if not found[name]
+    ]
     if missing:
         lines += ["## Not run yet", "", *missing, ""]
     lines += ["## What of the paper has no experiment here", "", *_without(), ""]
@@ -107,7 +112,7 @@ def _verdicts(verdicts: list[Verdict]) -> list[str]:
         ]
         left = len(group) - len(shown)
         tested = f"Of {len(shown)} that were tested: {', '.join(counts)}." if shown else ""
-        waiting = f"Not run yet: {left}." if left else ""
+        waiting = f"Not run yet: {left}, see the sections below." if left else ""
         rows = [
             [v.claim, MARKS[v.holds], v.published, v.ours, v.difference, v.seeds] for v in shown
         ]

@@ -44,7 +44,8 @@ def load_torch_checkpoint(
     original's order of columns, which is ours.
 
     Args:
-      name: a network of `models.list()` that the original has: all but `linear`, `mlp`, `cnn` and `lenet`.
+      name: a network of `models.list()` that the original has: all but `linear`, `mlp`, `cnn`, `lenet` and
+        `airbench`.
       checkpoint: a `state_dict` of arrays (NumPy, JAX, or anything `np.asarray` takes), or the path of a
         `.npz`, `.safetensors`, `.pth` or `.pt` file; the last two need PyTorch, safetensors its package. A
         `"state_dict"` or `"net"` inside is taken, and a `"module."` in front of every name left out.

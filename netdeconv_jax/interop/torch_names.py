@@ -25,7 +25,7 @@ _IMAGENET_DENSENET = (
 
 # Whitened shortcuts stand alone in these networks, plain ones in a sequence.
 _LONE_WHITENED_SHORTCUT = ("preact_resnet18", "senet18", "dpn92")
-_NOT_THERE = ("linear", "mlp", "lenet", "airbench")
+_NOT_THERE = ("linear", "mlp", "cnn", "lenet", "airbench")
 
 
 def torch_module(

@@ -143,6 +143,11 @@ REPLICATED: dict[str, dict[str, tuple[float, float]]] = {
     "efficientnet_b0": {"batch": (84.2, 85.5), "deconv": (87.5, 88.1)},
 }
 
+REPLICATION = (
+    "three seeds of the [replication study](https://github.com/lamps-lab/rep-network-deconvolution), which "
+    "are rounded to 0.1"
+)
+
 # Claims, what is published, and where the nearest thing is that can be run or read.
 WITHOUT = (
     (

@@ -11,7 +11,7 @@ from typing import Any
 from train.experiments import evidence
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
 from train.experiments.columns import MINUTES, accuracies
-from train.experiments.published import FINAL, REPLICATED
+from train.experiments.published import FINAL, REPLICATED, REPLICATION
 from train.experiments.tables import mean_range, table
 
 MARK, GOAL = 0.92, 0.7  # of the seconds that batch norm takes
@@ -85,7 +85,7 @@ def _accuracy(results: Results) -> Verdict:
     noise, borrowed = evidence.noise(found), ""
     if noise is None or noise.freedom < evidence.ENOUGH:
         noise = evidence.of_ranges(REPLICATED["resnet18"].values())
-        borrowed = " How much seeds differ is taken from the replication study."
+        borrowed = f" How much seeds differ is taken from {REPLICATION}."
     return Verdict(
         claim,
         evidence.better(found[0], found[1], noise),
