@@ -301,10 +301,11 @@ def test_a_momentum_out_of_range_is_refused(momentum):
 
 def test_a_module_without_a_momentum_is_named():
     new = {"stem": {"norm": {"mean": jnp.ones((2, 3)), "var": jnp.ones((2, 3))}}}
-    with pytest.raises(
-        ValueError, match=r"`momentum` must have a number for 'stem/norm', got \{\}"
-    ):
+    with pytest.raises(ValueError, match=r"for \('stem', 'norm'\), got \{\}"):
         merge_batch_norm(new, {})
+    wrong: Any = {("stem", "norm"): "0.9"}
+    with pytest.raises(ValueError, match=r"`momentum` must have a number .*: '0.9'\}"):
+        merge_batch_norm(new, wrong)
 
 
 @pytest.mark.parametrize(

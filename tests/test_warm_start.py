@@ -277,7 +277,7 @@ def test_what_cannot_be_is_refused_in_words():
         warm_start(ResNet(), {}, [X], 5)  # pyright: ignore
     with pytest.raises(TypeError, match="`variables` must be nested dicts of arrays, got list"):
         warm_start(ResNet(), [X], [X])  # pyright: ignore
-    with pytest.raises(TypeError, match="`batches` must be an iterable of batches, got 3"):
+    with pytest.raises(TypeError, match="`batches` must be an iterable of batches, got int"):
         warm_start(ResNet(), {}, 3)  # pyright: ignore
     with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
         warm_start(ResNet(), trained(ResNet()), [])

@@ -120,6 +120,8 @@ def test_another_kind_of_file_and_none_at_all_are_named(path, tmp_path):
         load_weights(tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="`path` must be in a folder that exists"):
         save_weights(tmp_path / "none" / "model.safetensors", {"params": {}})
+    with pytest.raises(IsADirectoryError, match="`path` must be a file, got the folder"):
+        save_weights(tmp_path, {"params": {}})
     for call in (load_weights, lambda wrong: save_weights(wrong, {"params": {}})):
         with pytest.raises(TypeError, match="`path` must be a path, got 3"):
             call(3)  # pyright: ignore

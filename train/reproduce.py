@@ -101,8 +101,8 @@ def _run(arguments, runs, known) -> int:
 
 
 def _list(experiments, known) -> int:
-    """Name every experiment: how many of its cells are recorded, and what the others take two CPU cores."""
-    _say("cells done, and what those left take on two CPU cores")
+    """Name every experiment: how many of its runs are recorded, and what the others take two CPU cores."""
+    _say("runs done, and what those left take on two CPU cores")
     width = max(map(len, experiments))
     for name, one in experiments.items():
         runs = one.runs()

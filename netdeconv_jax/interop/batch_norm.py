@@ -59,9 +59,10 @@ def merge_batch_norm(new: Tree, momentum: float | Mapping[Path, float] = 0.9) ->
         merged[path] = leaf.mean(0)
         if (means := mean_beside(flat, path)) is not None:
             share = momentum.get(path[:-1]) if isinstance(momentum, Mapping) else momentum
-            if share is None:
-                module = "/".join(path[:-1])
-                raise ValueError(f"`momentum` must have a number for {module!r}, got {momentum!r}.")
+            if not isinstance(share, int | float | np.number | jax.Array):
+                raise ValueError(
+                    f"`momentum` must have a number by path for {path[:-1]!r}, got {momentum!r}."
+                )
             if not 0 <= share < 1:
                 raise ValueError(f"`momentum` must be in [0, 1), got {share}.")
             merged[path] += means.var(0) / (1 - share)

@@ -83,9 +83,11 @@ def check_number(name: str, value: Any, *, above: float | None = None) -> float:
 
 def check_path(name: str, path: Any, *, to_write: bool = False) -> Path:
     """Return `path` as a `Path`, once it is known to be one or its text; `to_write`: its folder exists."""
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise TypeError(f"`{name}` must be a path, got {path!r}.")
     path = Path(path)
+    if to_write and (path.is_dir() or not path.name):
+        raise IsADirectoryError(f"`{name}` must be a file, got the folder {str(path)!r}.")
     if to_write and not path.parent.is_dir():
         raise FileNotFoundError(f"`{name}` must be in a folder that exists, got {str(path)!r}.")
     return path

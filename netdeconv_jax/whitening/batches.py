@@ -22,10 +22,9 @@ def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
         raise ValueError(
             f"`batches` must be an iterable of batches, as a list of one; got one batch of shape {shapes}."
         )
-    try:
-        return iter(batches)
-    except TypeError:
-        raise TypeError(f"`batches` must be an iterable of batches, got {batches!r}.") from None
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"`batches` must be an iterable of batches, got {type(batches).__name__}.")
+    return iter(batches)
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:

@@ -162,10 +162,8 @@ def _beats(
         return Verdict(claim, "not run", f"{statistics.fmean(all_theirs):+.1f} on average")
     noise = evidence.noise(every)
     borrowed = column.lender and (noise is None or noise.freedom < evidence.ENOUGH)
-    said = {
-        n: evidence.better(c["deconv"], c[other], _borrowed(n, epochs) if borrowed else noise)
-        for n, c in both.items()
-    }
+    lent = {n: _borrowed(n, epochs) if borrowed else None for n in both}
+    said = {n: evidence.better(c["deconv"], c[other], lent[n] or noise) for n, c in both.items()}
     gains = {n: statistics.fmean(c["deconv"]) - statistics.fmean(c[other]) for n, c in both.items()}
     theirs = {n: published[n][epochs]["deconv"] - published[n][epochs][other] for n in both}
     gain, their = statistics.fmean(gains.values()), statistics.fmean(theirs.values())
@@ -190,7 +188,8 @@ def _beats(
         + "."
         + (f" The other way round: {', '.join(lost)}." if lost else "")
         + (f" Chance may make as much of so few runs: {', '.join(open_)}." if open_ else "")
-        + (f" How much seeds differ is taken from {column.lender}." if borrowed else ""),
+        + (f" How much seeds differ is taken from {column.lender}." if any(lent.values()) else "")
+        + (" No condition has two seeds." if not any(lent.values()) and noise is None else ""),
     )
 
 

@@ -1,7 +1,8 @@
 """The race on a CPU: seconds of training until a narrow ResNet-18 has 80% on CIFAR-10.
 
 For those without an accelerator, and a race in which each norm has a learning rate of its own: runs of two
-epochs look for it, longer ones are run with it. All else is the original recipe. What is timed are the steps.
+epochs look for it, longer ones are run with it. All else is the original recipe, and the network is the
+ablation's. What is timed are the steps.
 These runs share their machine with others, so that a step counts as the median over all runs of its norm.
 """
 
@@ -11,13 +12,14 @@ from typing import Any
 from train.experiments import race
 from train.experiments.cell import Cell, Experiment, Result, Results, Verdict
 from train.experiments.columns import accuracies
+from train.experiments.tables import device, listed
 
 MARK = 0.8
 CONDITIONS: race.Conditions = {
     "batch": race.CONDITIONS["batch"],
     "fast": race.CONDITIONS["fast"],
     "every4": (
-        "the same, every fourth step computes",
+        "`WhiteningSpec.fast()`, every fourth step computes",
         "deconv",
         {"whitening.preset": "fast", "whitening.update_every": 4},
     ),
@@ -50,16 +52,17 @@ CELLS = tuple(
 
 
 def _timed(results: Results) -> Results:
-    """The same records, but every step of a norm takes the median of all of its epochs."""
-    each: dict[str, float] = {}
-    for name in CONDITIONS:
-        runs = [run for found in race.of(results, name).values() for run in found]
-        seconds = [row["step_seconds"] for run in runs for row in run["epochs"]]
-        each[name] = statistics.median(seconds or [0.0])
+    """The same records, but every step of a norm on a device takes the median of all its epochs there."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for cell, runs in results.items():
+        for run in runs:
+            found = seconds.setdefault((race.settings(cell)[0], run["device"]), [])
+            found += [row["step_seconds"] for row in run["epochs"]]
 
     def timed(cell: str, run: Result) -> Result:
-        seconds = each[race.settings(cell)[0]]
-        return run | {"epochs": [row | {"step_seconds": seconds} for row in run["epochs"]]}
+        of = seconds[race.settings(cell)[0], run["device"]]
+        each = statistics.median(of or [0.0])
+        return run | {"epochs": [row | {"step_seconds": each} for row in run["epochs"]]}
 
     return {cell: [timed(cell, run) for run in runs] for cell, runs in results.items()}
 
@@ -73,8 +76,25 @@ def _judge(results: Results) -> list[Verdict]:
 
 
 def _tell(results: Results, draw: Any) -> list[str]:
-    results = _timed(results)
-    return [*_picture(results, draw), *race.tell_rows(results, CONDITIONS, MARK)]
+    timed = _timed(results)
+    spread = [
+        f"{CONDITIONS[name][0]} {1e3 * min(found):.0f} to {1e3 * max(found):.0f}"
+        for name in CONDITIONS
+        if (
+            found := [
+                row["step_seconds"]
+                for runs in race.of(results, name).values()
+                for run in runs
+                for row in run["epochs"]
+            ]
+        )
+    ]
+    told = (
+        f"Milliseconds of a step are medians over all epochs of a norm, least to most {', '.join(spread)}, "
+        "since these runs shared their machine with others. In turns, by themselves: "
+        "[performance.md](performance.md)."
+    )
+    return [*_picture(timed, draw), *race.tell_rows(timed, CONDITIONS, MARK), "", told]
 
 
 def _picture(results: Results, draw: Any) -> list[str]:
@@ -93,7 +113,8 @@ def _picture(results: Results, draw: Any) -> list[str]:
     if not all(ends.values()):
         return []
     lines = {norm: [of[epochs] for epochs in sorted(of)] for norm, of in ends.items()}
-    title = "ResNet-18 of width 16 on CIFAR-10, one core of a CPU"
+    where = listed({device(run["device"]) for runs in results.values() for run in runs})
+    title = f"ResNet-18 of width 16 on CIFAR-10, {where}"
     return [draw.ends("race_cpu", lines, title=title, mark=100 * MARK), ""]
 
 

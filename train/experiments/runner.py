@@ -142,7 +142,7 @@ class Runner:
             if config.dataset in data.STREAMED:
                 return data.create(config)
             return Resident(self._load(config.dataset), config)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             raise DataError(str(error).splitlines()[0]) from error
 
     def _one(self, run: Run, stop: Stop, deadline: float) -> None:
@@ -186,6 +186,8 @@ class Runner:
             for _ in trainer.run(run.seed, watch):
                 pass
             done = True
+        except data.DataError as error:  # an image, once training has begun
+            raise DataError(str(error).splitlines()[0]) from error
         except loop.NonFiniteLossError as error:
             self._say(f"{run}: {error}")
             status, done, note = "diverged", True, {"note": str(error)}
@@ -214,10 +216,15 @@ class Runner:
         examples = self._input(config)
         try:
             trainer = loop.Trainer(config, examples)
-        except ValueError as error:  # fewer images than a batch, and the like
+            seconds = trainer.compile()
+        except (
+            ValueError
+        ) as error:  # fewer images than a batch, one that cannot be read, and the like
             examples.close()
             raise DataError(str(error).splitlines()[0]) from error
-        seconds = trainer.compile()
+        except BaseException:
+            examples.close()
+            raise
         self._compiling.append(seconds)
         self._trainer = (text, trainer)
         return trainer, seconds
