@@ -672,7 +672,7 @@ def test_who_is_not_there_needs_more_than_its_longest_run(tmp_path):
     seconds, _, table = raced(tmp_path, batch_20_0=(0.03, None), batch_20_1=(0.01, 4))
     assert (seconds.holds, seconds.ours) == ("undecided", "12 s, batch norm more than 4 s")
     seconds, _, table = raced(tmp_path, batch_20_0=(0.01, 4), fast_20_1=(None, None))
-    assert (seconds.holds, seconds.ours) == ("no", "more than 20 s against 4 s")
+    assert (seconds.holds, seconds.ours) == ("no", "deconvolution more than 20 s, batch norm 4 s")
     assert any("1, 1 diverged" in row for row in table)
 
 
@@ -730,7 +730,10 @@ def test_the_race_on_a_cpu_takes_the_soonest_run_of_each_norm(tmp_path):
     verdict, _ = raced_on_a_cpu(tmp_path, batch_4_03=(0.5, 0.6, 0.7, 0.81, 0.82))
     assert verdict.holds == "not run"
     verdict, _ = raced_on_a_cpu(tmp_path, fast_2_1=(0.6, 0.7, 0.79), every4_2_03=(0.5,))
-    assert (verdict.holds, verdict.ours) == ("undecided", "more than 120 s against 150 s")
+    assert (verdict.holds, verdict.ours) == (
+        "undecided",
+        "deconvolution more than 120 s, batch norm 150 s",
+    )
     verdict, (picture, _, *table) = raced_on_a_cpu(tmp_path, fast_3_3=(0.6, 0.7, 0.8, 0.85))
     assert (verdict.holds, verdict.ours) == ("in part", "120 s against 150 s")
     assert verdict.why.startswith("`WhiteningSpec.fast()` in a run of 3 epochs at rate 0.3, batch")

@@ -140,7 +140,8 @@ def _without() -> list[str]:
 
 
 def _sentences(*parts: str) -> str:
-    return " ".join(f"{part.removesuffix('.')}." for part in parts if part)
+    first, *rest = (part.removesuffix(".") for part in parts if part)
+    return " ".join((f"{first}.", *(f"{part[0].upper()}{part[1:]}." for part in rest)))
 
 
 def _state(experiment: Experiment, found: Results) -> str:

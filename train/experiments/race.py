@@ -155,9 +155,8 @@ def judge_seconds(results: Results, conditions: Conditions, claim: str, mark: fl
         holds = "yes" if max(ours[0]) <= GOAL * bound else "undecided"
         told += f", batch norm more than {bound:.0f} s"
     elif batch:
-        told = (
-            f"more than {_longest(results, names):.0f} s against {statistics.fmean(batch[0]):.0f} s"
-        )
+        told = f"deconvolution more than {_longest(results, names):.0f} s, batch norm "
+        told += f"{statistics.fmean(batch[0]):.0f} s"
         holds = "no" if _longest(results, names) >= min(batch[0]) else "undecided"
     else:
         holds = "undecided"
@@ -186,6 +185,14 @@ def _tried(results: Results, conditions: Conditions) -> str:
     return f"Run were of {' and of '.join(told)}. Seconds count at the ends of epochs."
 
 
+def _some(done: Sequence[Result], mark: float) -> str:
+    """Of runs that are not all there: those that are."""
+    there = [seconds for run in done if (seconds := seconds_to_mark(run, mark)) is not None]
+    if there:
+        return f"{statistics.fmean(there):.0f} in {len(there)} of {len(done)}"
+    return "not reached" if done else ""
+
+
 def tell_rows(results: Results, conditions: Conditions, mark: float) -> list[str]:
     """Return the table of a race."""
     rows = []
@@ -202,7 +209,7 @@ def tell_rows(results: Results, conditions: Conditions, mark: float) -> list[str
                     f"{rate:g}",
                     mean_range(accuracies(done), "{:.2f}") if done else "",
                     f"{1e3 * each:.3g}" if each else "",
-                    mean_range(to_mark, "{:.0f}") if to_mark else "not reached" if done else "",
+                    mean_range(to_mark, "{:.0f}") if to_mark else _some(done, mark),
                     str(len(done)) + (f", {lost} diverged" if lost else ""),
                     listed({device(run["device"]) for run in runs}),
                 ]
