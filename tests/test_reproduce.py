@@ -730,6 +730,26 @@ class Drawn:
         return name
 
 
+def test_steps_of_the_race_on_a_cpu_are_those_timed_in_turns(tmp_path, monkeypatch):
+    steps = {"batch": {"step_seconds": [3.0, 2.0, 2.5]}, "deconv:fast": {"step_seconds": [1.0]}}
+    here = results.machine()["device"]
+    for device, found in ((here, "200 s against 750 s"), ("another", "120 s against 150 s")):
+        (tmp_path / "steps.json").write_text(
+            json.dumps({"environment": {"processor": device}, "contenders": steps})
+        )
+        monkeypatch.setattr(race_cpu, "STEPS", tmp_path / "steps.json")
+        verdict, _ = raced_on_a_cpu(
+            tmp_path, batch_4_03=(0.5, 0.6, 0.7, 0.81, 0.82), fast_3_3=(0.6, 0.7, 0.8, 0.85)
+        )
+        assert verdict.ours == found
+
+
+@pytest.fixture
+def untimed(monkeypatch, tmp_path):
+    monkeypatch.setattr(race_cpu, "STEPS", tmp_path / "none.json")
+
+
+@pytest.mark.usefixtures("untimed")
 def test_the_race_on_a_cpu_takes_the_soonest_run_of_each_norm(tmp_path):
     verdict, _ = raced_on_a_cpu(tmp_path, batch_4_03=(0.5, 0.6, 0.7, 0.81, 0.82))
     assert verdict.holds == "not run"
@@ -747,9 +767,13 @@ def test_the_race_on_a_cpu_takes_the_soonest_run_of_each_norm(tmp_path):
     assert rows[1] == ["3", "0.3", "85.00", "600", "120", "1"]
     assert rows[3] == ["2", "0.03", "", "", "", "0, 1 diverged"]
     verdict, _ = raced_on_a_cpu(tmp_path, batch_6_03=(0.7, 0.1, 0.1, 0.1, 0.8, 0.8, 0.8))
-    assert (verdict.holds, verdict.ours) == ("undecided", "120 s against 210 s")  # 0.7 is the median
+    assert (verdict.holds, verdict.ours) == (
+        "undecided",
+        "120 s against 210 s",
+    )  # 0.7 is the median
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_picture_of_the_race_on_a_cpu_has_the_best_rate_of_each_length(tmp_path):
     raced_on_a_cpu(tmp_path, batch_2_03=(0.6, 0.4, 0.6), batch_2_1=(0.6, 0.4, 0.7))
     raced_on_a_cpu(tmp_path, fast_2_1=(0.3, 0.4, 0.72), fast_2_3=(0.3, 0.4, 0.71))

@@ -3,10 +3,12 @@
 For those without an accelerator, and a race in which each norm has a learning rate of its own: runs of two
 epochs look for it, longer ones are run with it. All else is the original recipe, and the network is the
 ablation's. What is timed are the steps.
-These runs share their machine with others, so that a step counts as the median over all runs of its norm.
+These runs share their machine with others, so that a step counts as what it takes in turns with the other's.
 """
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from train.experiments import race
@@ -15,6 +17,12 @@ from train.experiments.columns import accuracies
 from train.experiments.tables import device, listed
 
 MARK = 0.8
+STEPS = (
+    Path(__file__).parents[2]
+    / "benchmarks"
+    / "results"
+    / "step_time_resnet18_width0.25_cpu_batch128_32px_float32.json"
+)
 CONDITIONS: race.Conditions = {
     "batch": race.CONDITIONS["batch"],
     "fast": race.CONDITIONS["fast"],
@@ -51,8 +59,24 @@ CELLS = tuple(
 )
 
 
+def _in_turns(device: str) -> dict[str, float]:
+    """Seconds of a step by condition, timed in turns on `device` (`STEPS`); nothing if on another one."""
+    if not STEPS.exists():
+        return {}
+    found = json.loads(STEPS.read_text())
+    if found["environment"]["processor"] != device:
+        return {}
+    return {
+        name: statistics.median(found["contenders"][contender]["step_seconds"])
+        for name, contender in (("batch", "batch"), ("fast", "deconv:fast"))
+    }
+
+
 def _timed(results: Results) -> Results:
-    """The same records, but every step of a norm on a device takes the median of all its epochs there."""
+    """The same records, but every step of a norm on a device takes what it takes there in turns.
+
+    Where that has not been timed, the median of all its epochs there.
+    """
     seconds: dict[tuple[str, str], list[float]] = {}
     for cell, runs in results.items():
         for run in runs:
@@ -60,8 +84,8 @@ def _timed(results: Results) -> Results:
             found += [row["step_seconds"] for row in run["epochs"]]
 
     def timed(cell: str, run: Result) -> Result:
-        of = seconds[race.settings(cell)[0], run["device"]]
-        each = statistics.median(of or [0.0])
+        name, device = race.settings(cell)[0], run["device"]
+        each = _in_turns(device).get(name, statistics.median(seconds[name, device] or [0.0]))
         return run | {"epochs": [row | {"step_seconds": each} for row in run["epochs"]]}
 
     return {cell: [timed(cell, run) for run in runs] for cell, runs in results.items()}
@@ -90,9 +114,9 @@ def _tell(results: Results, draw: Any) -> list[str]:
         )
     ]
     told = (
-        f"Milliseconds of a step are medians over all epochs of a norm, least to most {', '.join(spread)}, "
-        "since these runs shared their machine with others. In turns, by themselves: "
-        "[performance.md](performance.md)."
+        "Milliseconds of a step are those of `python -m benchmarks.step_time --network=resnet18 --width=0.25 "
+        "--batch=128`, in turns, on the same core, where there are such. The runs themselves shared their "
+        f"machine with others: least to most {', '.join(spread)}."
     )
     return [*_picture(timed, draw), *race.tell_rows(timed, CONDITIONS, MARK), "", told]
 
