@@ -742,6 +742,13 @@ def test_steps_of_the_race_on_a_cpu_are_those_timed_in_turns(tmp_path, monkeypat
             tmp_path, batch_4_03=(0.5, 0.6, 0.7, 0.81, 0.82), fast_3_3=(0.6, 0.7, 0.8, 0.85)
         )
         assert verdict.ours == found
+    (tmp_path / "steps.json").write_text(
+        json.dumps({"environment": {"processor": here}, "contenders": steps})
+    )
+    verdict, _ = raced_on_a_cpu(
+        tmp_path, every4_2_03=(0.5, 0.1, 0.2)
+    )  # has not been timed in turns
+    assert verdict.ours == "120 s against 150 s"
 
 
 @pytest.fixture

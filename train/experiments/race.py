@@ -126,7 +126,7 @@ def _longest(results: Results, names: Sequence[str]) -> float:
 
 
 def judge_seconds(results: Results, conditions: Conditions, claim: str, mark: float) -> Verdict:
-    """Judge who is at the mark sooner, of batch norm and deconvolution the soonest cell each.
+    """Return who is at the mark sooner, of batch norm and deconvolution the soonest cell each.
 
     Seeds count by their mean, and one seed of either proves nothing. Who is there in no cell needs more than
     its longest run.
@@ -138,11 +138,10 @@ def judge_seconds(results: Results, conditions: Conditions, claim: str, mark: fl
       mark: accuracy.
     """
     names = [name for name in conditions if name != "batch"]
+    # Seconds of different devices are no race.
     devices = {(run["device"], run["device_count"]) for runs in results.values() for run in runs}
     if not _longest(results, names) or not _longest(results, ["batch"]) or len(devices) > 1:
-        return Verdict(
-            claim, "not run", NEVER, own=True
-        )  # seconds of different devices are no race
+        return Verdict(claim, "not run", NEVER, own=True)
     ours, batch = _soonest(results, names, mark), _soonest(results, ["batch"], mark)
     why = " ".join((_chosen(conditions, ours, batch), _tried(results, conditions))).strip()
     told, ratio, count = f"not {mark:.0%} on average in any run", "", ""

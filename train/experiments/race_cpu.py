@@ -61,10 +61,8 @@ CELLS = tuple(
 
 def _in_turns(device: str) -> dict[str, float]:
     """Seconds of a step by condition, timed in turns on `device` (`STEPS`); nothing if on another one."""
-    if not STEPS.exists():
-        return {}
-    found = json.loads(STEPS.read_text())
-    if found["environment"]["processor"] != device:
+    found = json.loads(STEPS.read_text()) if STEPS.exists() else None
+    if found is None or found["environment"]["processor"] != device:
         return {}
     return {
         name: statistics.median(found["contenders"][contender]["step_seconds"])
@@ -72,21 +70,31 @@ def _in_turns(device: str) -> dict[str, float]:
     }
 
 
+def _epochs(results: Results) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a step in every epoch, by device and condition."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for cell, runs in results.items():
+        for run in runs:
+            found = seconds.setdefault(run["device"], {}).setdefault(race.settings(cell)[0], [])
+            found += [row["step_seconds"] for row in run["epochs"]]
+    return seconds
+
+
 def _timed(results: Results) -> Results:
     """The same records, but every step of a norm on a device takes what it takes there in turns.
 
-    Where that has not been timed, the median of all its epochs there.
+    Unless all that ran there have been timed in turns, it is the median of all its epochs.
     """
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for cell, runs in results.items():
-        for run in runs:
-            found = seconds.setdefault((race.settings(cell)[0], run["device"]), [])
-            found += [row["step_seconds"] for row in run["epochs"]]
+    each: dict[str, dict[str, float]] = {}
+    for where, names in _epochs(results).items():
+        medians = {name: statistics.median(found or [0.0]) for name, found in names.items()}
+        turns = _in_turns(where)
+        whole = all(name in turns for name, found in names.items() if found)
+        each[where] = medians | turns if whole else medians
 
     def timed(cell: str, run: Result) -> Result:
-        name, device = race.settings(cell)[0], run["device"]
-        each = _in_turns(device).get(name, statistics.median(seconds[name, device] or [0.0]))
-        return run | {"epochs": [row | {"step_seconds": each} for row in run["epochs"]]}
+        seconds = each[run["device"]][race.settings(cell)[0]]
+        return run | {"epochs": [row | {"step_seconds": seconds} for row in run["epochs"]]}
 
     return {cell: [timed(cell, run) for run in runs] for cell, runs in results.items()}
 
@@ -103,20 +111,14 @@ def _tell(results: Results, draw: Any) -> list[str]:
     timed = _timed(results)
     spread = [
         f"{CONDITIONS[name][0]} {1e3 * min(found):.0f} to {1e3 * max(found):.0f}"
-        for name in CONDITIONS
-        if (
-            found := [
-                row["step_seconds"]
-                for runs in race.of(results, name).values()
-                for run in runs
-                for row in run["epochs"]
-            ]
-        )
+        for names in _epochs(results).values()
+        for name, found in names.items()
+        if found
     ]
     told = (
         "Milliseconds of a step are those of `python -m benchmarks.step_time --network=resnet18 --width=0.25 "
-        "--batch=128`, in turns, on the same core, where there are such. The runs themselves shared their "
-        f"machine with others: least to most {', '.join(spread)}."
+        "--batch=128`, in turns, on one core of the same processor, where there are such. The runs "
+        f"themselves shared their machine with others: least to most {', '.join(spread)}."
     )
     return [*_picture(timed, draw), *race.tell_rows(timed, CONDITIONS, MARK), "", told]
 
