@@ -66,6 +66,26 @@ CASES |= {
     name: (image, kernel, given | {"feature_group_count": image[-1]})
     for name, (image, kernel, given) in DEPTHWISE.items()
 }
+GROUPED = {
+    "two groups": (2, (5, 6, 4), (3, 3, 2, 6), {}),
+    "two groups, stride 2": (2, (6, 5, 4), (3, 3, 2, 4), {"window_strides": (2, 2)}),
+    "seven groups, of which one is left over": (7, (5, 4, 14), (3, 3, 2, 7), {}),
+    "eight groups, padded": (8, (5, 4, 16), (3, 2, 2, 16), {"padding": ((2, 0), (1, 3))}),
+    "eight groups, 1x1": (8, (5, 4, 16), (1, 1, 2, 8), {}),
+    "two groups, dilated": (
+        2,
+        (7, 6, 4),
+        (3, 2, 2, 4),
+        {"rhs_dilation": (2, 1), "lhs_dilation": (1, 2), "window_strides": (2, 3)},
+    ),
+    "two groups, one axis": (2, (9, 4), (3, 2, 4), {}),
+    "depthwise, of 100 taps": (3, (12, 11, 3), (10, 10, 1, 3), {}),
+    "depthwise, three kernels a channel": (3, (5, 6, 3), (3, 3, 1, 9), {}),
+}
+CASES |= {
+    name: (image, kernel, given | {"feature_group_count": groups})
+    for name, (groups, image, kernel, given) in GROUPED.items()
+}
 
 
 @pytest.fixture
@@ -169,6 +189,27 @@ def test_a_depthwise_one_is_a_sum_over_taps_of_any_batch(one_cpu):
     assert "conv_general_dilated" not in primitives(jax.grad(value, (0, 1)), x, kernel)
 
 
+def test_a_grouped_one_is_a_few_dense_ones_of_any_batch(one_cpu):
+    for name, blocks in (("two groups", 2), ("seven groups, of which one is left over", 4)):
+        x, kernel, keywords = case(name, 2)
+
+        def value(x, kernel, keywords=keywords):
+            return ops.convolution(x, kernel, **keywords).sum()
+
+        for function, times in ((value, 1), (jax.grad(value, (0, 1)), 3)):
+            jaxpr = jax.make_jaxpr(function)(x, kernel)
+            groups = [params["feature_group_count"] for params in convolved(jaxpr.jaxpr)]
+            assert groups == [1] * blocks * times
+
+
+def convolved(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            yield eqn.params
+        for inner in jaxprs_in_params(eqn.params):
+            yield from convolved(inner)
+
+
 @pytest.mark.parametrize(
     ("layers", "strides", "kernels", "most"), [(1, 1, 1, 6), (1, 2, 2, 8), (3, 1, 1, 16)]
 )
@@ -219,7 +260,9 @@ def test_the_eager_gradient_of_a_depthwise_one_compiles_once(one_cpu):
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-@pytest.mark.parametrize("name", ["depthwise, stride 2", "depthwise, two kernels a channel", "3x3"])
+@pytest.mark.parametrize(
+    "name", ["depthwise, stride 2", "depthwise, two kernels a channel", "two groups", "3x3"]
+)
 def test_over_a_mapped_axis_whose_values_are_checked(name, one_cpu):
     x, kernel, keywords = case(name, 64)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -263,6 +306,12 @@ def test_what_does_not_go_together_is_refused_as_lax_does(one_cpu):
     x, kernel, keywords = case("depthwise", 2)
     with pytest.raises(ValueError, match="feature_group_count"):
         ops.convolution(x, kernel[..., :2], **keywords)
+    for name in ("two groups", "eight groups, 1x1"):
+        grouped, wrong, given = case(name, 2)
+        with pytest.raises(ValueError, match="feature_group_count"):
+            ops.convolution(grouped, wrong[..., :1], **given)
+        with pytest.raises(ValueError, match="feature_group_count"):
+            ops.convolution(grouped[..., :2], wrong, **given)
     with pytest.raises(ValueError, match="padding"):
         ops.convolution(x, kernel, **keywords | {"padding": 1})
     with pytest.raises(RuntimeError, match="Unrecognized padding"):
@@ -315,7 +364,7 @@ def test_layers_of_nnx_take_it(give_sharding, x64, one_cpu):
 
 
 def test_a_preferred_type_is_that_of_the_result(x64, one_cpu):
-    for name in ("3x3", "1x1", "depthwise"):
+    for name in ("3x3", "1x1", "depthwise", "two groups"):
         x, kernel, keywords = case(name)
         x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
         y = ops.convolution(x, kernel, **keywords, preferred_element_type=jnp.float32)
@@ -330,7 +379,6 @@ def test_a_preferred_type_is_that_of_the_result(x64, one_cpu):
     [
         "several devices",
         "a small batch",
-        "groups",
         "groups of the batch",
         "an explicit mesh",
         "an explicit mesh, of the kernel",
@@ -338,9 +386,9 @@ def test_a_preferred_type_is_that_of_the_result(x64, one_cpu):
         "half precision",
         "an algorithm",
         "no channels",
-        "depthwise, of 100 taps",
-        "depthwise, three kernels a channel",
         "depthwise, no window",
+        "groups, no window",
+        "groups, half precision",
         "depthwise, half precision",
     ],
 )
@@ -348,18 +396,13 @@ def test_elsewhere_it_is_lax_itself(why, monkeypatch):
     if why != "several devices":
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     x, kernel, keywords = case("3x3", 63 if why == "a small batch" else 64)
-    if why == "groups":
-        x, kernel = jnp.concatenate([x, x[..., :1]], -1), kernel[:, :, :2]
-        keywords = keywords | {"feature_group_count": 2}
+    if why.startswith("groups, "):
+        x, kernel, keywords = case("two groups", 4)
     if why.startswith("depthwise"):
         x, kernel, keywords = case("depthwise", 4)
     if why == "groups of the batch":
         keywords = keywords | {"batch_group_count": 4}
-    if why == "depthwise, of 100 taps":
-        x, kernel = jnp.tile(x, (1, 3, 2, 1)), jnp.ones((10, 10, 1, 3))
-    if why == "depthwise, three kernels a channel":
-        kernel = jnp.tile(kernel, (1, 1, 1, 3))
-    if why == "depthwise, no window":
+    if "no window" in why:
         keywords = keywords | {"padding": "VALID"}
         x = x[:, :2]
     if "half precision" in why:

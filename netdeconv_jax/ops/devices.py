@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def whole(x: jax.Array) -> jax.Array:
     """Return `x` whole on each device of an explicit mesh, so that it may be reshaped; else `x` itself."""
     sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types or not any(sharding.spec):
+    if not on_explicit_mesh(x) or not any(sharding.spec):
         return x
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
 
@@ -20,5 +20,9 @@ def on_one_device(*arrays: jax.Array) -> bool:
     """
     if jax.device_count() != 1 or jax.sharding.get_abstract_mesh().size > 1:
         return False
-    meshes = (jax.typeof(array).sharding.mesh for array in arrays)
-    return not any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+    return not any(map(on_explicit_mesh, arrays))
+
+
+def on_explicit_mesh(x: jax.Array) -> bool:
+    """Return whether the type of `x` says how it is sharded: axes that are must then not be merged."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types

@@ -1,6 +1,7 @@
 """Mean and covariance as a monoid: pooled over batches, devices, masks and microbatches, in any order."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class Moments:
     def merge(self, other: "Moments") -> "Moments":
         """Return the moments of both sets of samples together."""
         count = self.count + other.count
-        share = _beside(other.count / _at_least_one_sample(count), self.mean)
+        share = _beside(other.count / at_least_one_sample(count), self.mean)
         shift = other.mean - self.mean
         mean = self.mean + shift * share
         between = (share * (1 - share))[..., None] * _outer(shift)
@@ -72,7 +73,7 @@ class Moments:
             return lax.psum(value, axis_name, axis_index_groups=axis_index_groups)
 
         count = total(self.count)
-        share = _beside(self.count / _at_least_one_sample(count), self.mean)
+        share = _beside(self.count / at_least_one_sample(count), self.mean)
         mean = total(self.mean * share)
         # About the common mean, so that nothing cancels: two reductions, the first of them small.
         cov = total(share[..., None] * (self.cov + _outer(self.mean - mean)))
@@ -138,20 +139,32 @@ def moments(
     if total == 0:
         raise ValueError(f"`x` has no samples: shape {x.shape}, sample axes {axes}.")
     x = x.astype(check_float_dtype("dtype", dtype))
-    if weights is None:
-        count = jnp.asarray(total, x.dtype)
-        mean = jnp.sum(x, axes, keepdims=True) / total
-        centred, norm = x - mean, count
-    else:
+    if weights is not None:
         weights = jnp.broadcast_to(weights.astype(x.dtype), x.shape[:-1])[..., None]
-        x = jnp.where(weights > 0, x, 0)
-        kept = jnp.sum(weights, axes, keepdims=True)
-        mean = jnp.sum(x * weights, axes, keepdims=True) / _at_least_one_sample(kept)
-        centred = x - mean
-        count = jnp.squeeze(kept, (*axes, x.ndim - 1))
-        norm = _at_least_one_sample(count)[..., None, None]
+    count, mean, centred = centre(x, weights, axes)
+    norm = count
+    if weights is not None:
+        count = jnp.squeeze(count, (*axes, x.ndim - 1))
+        norm = at_least_one_sample(count)[..., None, None]
     cov = gram(centred, weights, axes, sample_dtype) / norm
     return Moments(count, jnp.squeeze(mean, axes), cov)
+
+
+def centre(
+    x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return how many samples there are along `axes`, their mean, and `x` without it.
+
+    `weights`, if not None, have the rank of `x`; its count then keeps all axes, as the mean does.
+    """
+    if weights is None:
+        total = math.prod(x.shape[axis] for axis in axes)
+        mean = jnp.sum(x, axes, keepdims=True) / total
+        return jnp.asarray(total, x.dtype), mean, x - mean
+    x = jnp.where(weights > 0, x, 0)
+    count = jnp.sum(weights, axes, keepdims=True)
+    mean = jnp.sum(x * weights, axes, keepdims=True) / at_least_one_sample(count)
+    return count, mean, x - mean
 
 
 def check_sample_dtype(sample_dtype: str | None) -> None:
@@ -171,5 +184,6 @@ def _beside(value: jax.Array, mean: jax.Array) -> jax.Array:
     return value.reshape(value.shape or (1,) * (mean.ndim - 1))[..., None]
 
 
-def _at_least_one_sample(count: jax.Array) -> jax.Array:
+def at_least_one_sample(count: jax.Array) -> jax.Array:
+    """Return `count`, or 1 where it is 0: what to divide a sum by that may be one of nothing."""
     return jnp.where(count > 0, count, 1)

@@ -13,10 +13,18 @@ import numpy as np
 from jax import lax
 
 from netdeconv_jax.ops.arguments import check_float_dtype, check_floating
-from netdeconv_jax.ops.devices import on_one_device
+from netdeconv_jax.ops.devices import on_explicit_mesh, on_one_device
+from netdeconv_jax.ops.gram import gram
 from netdeconv_jax.ops.grouping import ColumnGroups, check_count
-from netdeconv_jax.ops.moments import AxisName, Moments, check_sample_dtype, moments
-from netdeconv_jax.ops.patches import Window, cut
+from netdeconv_jax.ops.moments import (
+    AxisName,
+    Moments,
+    at_least_one_sample,
+    centre,
+    check_sample_dtype,
+    moments,
+)
+from netdeconv_jax.ops.patches import Window, cut, cut_by_tap
 from netdeconv_jax.ops.sampling import every_nth
 from netdeconv_jax.ops.shifted import moments_of_sums, shifted_sums
 
@@ -112,6 +120,8 @@ def patch_moments(
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7), inline=True)
 def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype, sample_dtype):
     """The moments of this device's samples."""
+    if _tap_by_tap(x, groups):
+        return _moments_by_tap(x, mask, geometry, groups, sampling_stride, dtype, sample_dtype)
     rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
     return moments(rows, weights, axes=axes, dtype=dtype, sample_dtype=sample_dtype)
 
@@ -122,6 +132,37 @@ def _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, sample_dt
     rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
     lead = [n for i, n in enumerate(rows.shape[:-1]) if i not in axes]
     return shifted_sums(rows, weights, shift.reshape(*lead, groups.width), axes, sample_dtype)
+
+
+def _tap_by_tap(x, groups):
+    """Whether there are whiteners for each feature group, and a CPU that is slow at what `_rows` lays out."""
+    return (
+        groups.feature_groups > 1
+        and not _pointwise(groups, x.shape[-1])
+        and jax.default_backend() == "cpu"
+        and not on_explicit_mesh(x)
+    )
+
+
+def _moments_by_tap(x, mask, geometry, groups, sampling_stride, dtype, sample_dtype):
+    """The same moments, of samples in the order that slices and sums are fast in: channels last."""
+    strides = tuple(s * sampling_stride for s in geometry.strides)
+    taps = cut_by_tap(x, geometry, strides).astype(dtype)  # [taps, batch, *rows, channels]
+    axes = tuple(range(1, taps.ndim - 1))
+    weights = None
+    if mask is not None:
+        weights = _patch_weights(x, mask, geometry, strides)[None, ..., None]
+    count, mean, centred = centre(taps, weights, axes)
+
+    def split(taps):  # [feature groups, batch, *rows, width], columns in (channel, tap) order
+        apart = taps.reshape(*taps.shape[:-1], groups.feature_groups, -1)
+        apart = jnp.moveaxis(apart, (-2, -1), (0, 1))
+        columns = apart.reshape(groups.feature_groups, groups.width, *taps.shape[1:-1])
+        return jnp.moveaxis(columns, 1, -1)
+
+    count, mean = count.reshape(()), split(mean).reshape(groups.feature_groups, groups.width)
+    scatter = gram(split(centred), weights, axes, sample_dtype)
+    return Moments(count, mean, scatter / at_least_one_sample(count))
 
 
 def _rows(x, mask, geometry, groups, sampling_stride, axis):
@@ -227,16 +268,20 @@ def _sampled_patches(x, mask, geometry, sampling_stride):
     # (channel, tap) order, as the original flattens
     columns = cut(x, geometry, strides, channels_first=True)
     columns = columns.reshape(*columns.shape[: x.ndim - 1], x.shape[-1] * geometry.taps)
-    if mask is None:
-        return columns, None
+    return columns, None if mask is None else _patch_weights(x, mask, geometry, strides)
+
+
+def _patch_weights(x, mask, geometry, strides):
+    """What each sample weighs: [batch, *rows]."""
     if mask.shape[1:-1] == (1,) * geometry.ndim:
-        return columns, jnp.broadcast_to(mask[..., 0], columns.shape[:-1])
+        counts = geometry.out_shape(x.shape[1:-1], strides)
+        return jnp.broadcast_to(mask[..., 0], (x.shape[0], *counts))
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
     touched = cut(mask, geometry, strides, value=jnp.inf)
     least = jnp.min(touched, axis=tuple(range(x.ndim - 1, touched.ndim - 1)))
     # A window of padding alone weighs as much as the heaviest pixel of its image.
     heaviest = jnp.max(mask, axis=tuple(range(1, mask.ndim)), keepdims=True)
-    return columns, jnp.where(jnp.isinf(least), heaviest, least)[..., 0]
+    return jnp.where(jnp.isinf(least), heaviest, least)[..., 0]
 
 
 def full_mask(mask: jax.Array, x: jax.Array) -> jax.Array:

@@ -260,16 +260,28 @@ def cut(
     extent = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
     if all(e <= s for e, s in zip(extent, strides, strict=True)):
         return _blocks(x, geometry, counts, strides, extent, value, channels_first)
-    padded = geometry.pad(x, value)
-    batch, channels = x.shape[0], x.shape[-1]
-    slices = []
-    for tap in np.ndindex(*taps):
-        start = [t * d for t, d in zip(tap, dilation, strict=True)]
-        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, counts, strides, strict=True)]
-        slices.append(lax.slice(padded, (0, *start, 0), (batch, *stop, channels), (1, *strides, 1)))
+    slices, batch, channels = _by_tap(x, geometry, strides, value), x.shape[0], x.shape[-1]
     if channels_first:
         return jnp.stack(slices, axis=-1).reshape(batch, *counts, channels, *taps)
     return jnp.stack(slices, axis=-2).reshape(batch, *counts, *taps, channels)
+
+
+def cut_by_tap(x: jax.Array, geometry: Window, strides: Sequence[int]) -> jax.Array:
+    """Return the same pixels tap by tap: [taps, batch, *out, channels]."""
+    return jnp.stack(_by_tap(x, geometry, strides, 0))
+
+
+def _by_tap(x, geometry, strides, value):
+    """What each tap of the kernel sees: [batch, *out, channels] each."""
+    counts = geometry.out_shape(x.shape[1:-1], strides)
+    padded = geometry.pad(x, value)
+    slices = []
+    for tap in np.ndindex(*geometry.kernel_size):
+        start = [t * d for t, d in zip(tap, geometry.kernel_dilation, strict=True)]
+        stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, counts, strides, strict=True)]
+        limits = (x.shape[0], *stop, x.shape[-1])
+        slices.append(lax.slice(padded, (0, *start, 0), limits, (1, *strides, 1)))
+    return slices
 
 
 def _blocks(x, geometry, counts, strides, extent, value, channels_first):
