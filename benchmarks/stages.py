@@ -126,6 +126,7 @@ def _parts(row: LayerRow, dtype: Any) -> dict[str, tuple[Callable[..., Any], tup
             geometry,
             groups,
             sampling_stride=stride,
+            centred=spec.sampling.centred,
             shift=shift,
             sample_dtype=spec.sample_dtype,
         )

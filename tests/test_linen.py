@@ -583,21 +583,38 @@ def test_covariance_and_root_run_at_highest_precision_whatever_the_layers():
 # Cheaper statistics
 
 
-def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough():
-    x = normal((8, 24, 24, 4))
-    spec = WhiteningSpec(sampling=Budget(rows_per_dim=16))
-    # 36 dimensions want 576 rows: a stride of 3 gives 8 * 8 * 8 = 512, a stride of 2 gives 1152.
-    budget, by_hand = DeconvConv(4, (3, 3), spec=spec), DeconvConv(4, (3, 3), sampling_stride=2)
-    variables = start(budget, x)
-    jax.tree.map(
-        np.testing.assert_array_equal, train(budget, variables, x), train(by_hand, variables, x)
+@pytest.mark.parametrize(
+    ("rows_per_dim", "finer_below", "stride"),
+    # 36 dimensions and 8 images: strides of 1 to 7 give 128, 32, 14.2, 8, 5.6, 3.6 and 2 rows each.
+    [
+        (16, 15, 2),
+        (16, 14, 3),
+        (16, 200, 2),
+        (14, 8, 3),
+        (8, 8, 4),
+        (6, 8, 4),
+        (5, 8, 5),
+        (200, 8, 3),
+    ],
+)
+def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough(rows_per_dim, finer_below, stride):
+    x, spec = normal((8, 24, 24, 4)), WhiteningSpec(sampling=Budget(rows_per_dim, finer_below))
+    groups = ops.column_groups(4, 9, 64)
+    expected = ops.patch_moments(
+        x, ops.window((3, 3)), groups, sampling_stride=stride, centred=True
     )
-    # What is there is not enough: everything is taken.
+    layer = DeconvConv(4, (3, 3), spec=spec, momentum=0.0)
+    _, updated = train(layer, start(layer, x), x)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], expected.mean, rtol=0, atol=1e-6)
+
+
+def test_a_budget_that_is_not_there_takes_all_of_it():
+    x = normal((1, 6, 6, 4))
+    spec = WhiteningSpec(sampling=Budget(16, finer_below=16))
     few, all_of_it = DeconvConv(4, (3, 3), spec=spec), DeconvConv(4, (3, 3), sampling_stride=1)
+    variables = start(few, x)
     jax.tree.map(
-        np.testing.assert_array_equal,
-        train(few, variables, x[:1]),
-        train(all_of_it, variables, x[:1]),
+        np.testing.assert_array_equal, train(few, variables, x), train(all_of_it, variables, x)
     )
 
 

@@ -14,7 +14,7 @@ from netdeconv_jax import (
     DeconvDense,
     WhiteningSpec,
 )
-from netdeconv_jax.whitening import Chebyshev, ChebyshevRidge, Eigh
+from netdeconv_jax.whitening import Budget, Chebyshev, ChebyshevRidge, Eigh
 
 X, KEY = jnp.ones((2, 8, 8, 4)), jax.random.key(0)
 
@@ -154,6 +154,14 @@ def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():
         spec(sampling=3)
     with pytest.raises(TypeError, match=r"`root` must be .* got 'eigh'"):
         spec(root="eigh")
+
+
+def test_a_budget_is_counted_in_whole_samples():
+    for name in ("rows_per_dim", "finer_below"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
+            Budget(**{name: 0})
+        with pytest.raises(TypeError, match=f"`{name}` must be an int, got 2.5"):
+            Budget(**{name: 2.5})  # pyright: ignore
 
 
 def test_a_spec_holds_no_tracers():

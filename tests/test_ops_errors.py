@@ -43,6 +43,9 @@ TYPES = {
     "`sampling_stride` must be an int, got 1.0": lambda: ops.sampled_rows(
         X.shape, WINDOW, GROUPS, 1.0
     ),
+    "`centred` must be a bool, got 1": lambda: ops.sampled_rows(
+        X.shape, WINDOW, GROUPS, 1, centred=1
+    ),
     "`ridge` must be a number, got 'a'": lambda: ops.eigh(EYE, ridge="a"),
     "`ridge` must be a number, got True": lambda: ops.chebyshev_ridge(EYE, ridge=True),
     "`tol` must be a number, got 'x'": lambda: ops.chebyshev(EYE, tol="x"),

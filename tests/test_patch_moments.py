@@ -32,6 +32,7 @@ def case(
     shared=True,
     feature_groups=1,
     whiten="patches",
+    centred=False,
 ) -> dict[str, Any]:
     return locals()
 
@@ -85,6 +86,22 @@ CASES = {
     "3d": case((4, 3, 5), (2, 3, 1), sampling_stride=2, block_size=2),
     "3d pointwise": case((3, 3, 3), (1, 1, 1), batch=4, sampling_stride=2),
     "one sample": case((3, 3), padding="VALID", batch=1),
+    "centred": case(sampling_stride=3, block_size=2, centred=True),
+    "centred, windows overlap": case((8, 7), sampling_stride=2, centred=True),
+    "centred, strides 2": case((9, 8), strides=(2, 1), sampling_stride=3, centred=True),
+    "centred, beyond the map": case((3, 9), sampling_stride=7, centred=True),
+    "centred, depthwise": case((9, 8), feature_groups=4, sampling_stride=4, centred=True),
+    "centred, asymmetric pairs": case(padding=((3, 2), (1, 4)), sampling_stride=4, centred=True),
+    "centred, dilated": case(
+        (3, 4), padding=((2, 2), (3, 1)), input_dilation=(2, 3), sampling_stride=4, centred=True
+    ),
+    "centred, circular": case(padding="CIRCULAR", sampling_stride=4, centred=True),
+    "centred, channels": case((6, 6), whiten="channels", sampling_stride=3, centred=True),
+    "centred, 1x1": case((5, 5), (1, 1), batch=4, sampling_stride=4, centred=True),
+    "centred, 1x1, strides 2": case(
+        (5, 7), (1, 1), batch=4, strides=(2, 1), sampling_stride=3, centred=True
+    ),
+    "centred, 1x1, a pixel": case((1, 1), (1, 1), batch=7, sampling_stride=3, centred=True),
 }
 
 
@@ -112,7 +129,7 @@ def ours(case, **options):
         shared=case["shared"],
         feature_group_count=case["feature_groups"],
     )
-    options = {"sampling_stride": case["sampling_stride"]} | options
+    options = {"sampling_stride": case["sampling_stride"], "centred": case["centred"]} | options
     return lambda x, mask=None: ops.patch_moments(x, geometry, groups, mask=mask, **options)
 
 
@@ -123,8 +140,11 @@ def explicitly(case, x, mask=None):
     taps = int(np.prod(case["kernel_size"])) if case["whiten"] == "patches" else 1
     if taps == 1:
         step = int(np.prod([s * sampling for s in strides]))
-        rows = x.reshape(-1, channels)[::step]
-        weights = None if mask is None else mask.reshape(-1)[::step]
+        corner = np.zeros(case["spatial"])[tuple(slice(None, None, s) for s in strides)]
+        pixel = [s * n for s, n in zip(strides, first_of(case, corner.shape), strict=True)]
+        first = np.ravel_multi_index(pixel, case["spatial"]) % step
+        rows = x.reshape(-1, channels)[first::step]
+        weights = None if mask is None else mask.reshape(-1)[first::step]
     else:
         geometry = oracle.Geometry(
             case["kernel_size"],
@@ -133,8 +153,10 @@ def explicitly(case, x, mask=None):
             case["input_dilation"],
             case["kernel_dilation"],
         )
-        thin = (slice(None), *[slice(None, None, sampling)] * ndim)
-        rows = oracle.columns(oracle.patches(x, geometry), ndim)[thin].reshape(-1, channels * taps)
+        rows = oracle.columns(oracle.patches(x, geometry), ndim)
+        first = first_of(case, rows.shape[1 : ndim + 1])
+        thin = (slice(None), *(slice(n, None, sampling) for n in first))
+        rows = rows[thin].reshape(-1, channels * taps)
         weights = None
         if mask is not None:
             weights = oracle.patch_weights(mask, geometry)[thin].reshape(-1)
@@ -142,6 +164,13 @@ def explicitly(case, x, mask=None):
         channels, taps, case["block_size"], case["kind"], case["feature_groups"]
     )
     return oracle.grouped_moments(rows, groups, case["shared"], weights)
+
+
+def first_of(case, counts):
+    """Which of that many windows along each axis is the first sample."""
+    if not case["centred"]:
+        return [0] * len(counts)
+    return [min(case["sampling_stride"] // 2, (n - 1) // 2) for n in counts]
 
 
 def assert_moments(found, expected, tolerance):
@@ -202,6 +231,9 @@ MASKED = [
     "1x1, feature groups",
     "1d causal",
     "3d",
+    "centred, strides 2",
+    "centred, depthwise",
+    "centred, 1x1",
 ]
 
 
@@ -212,6 +244,8 @@ ON_ONE_DEVICE = [
     "1x1, images below the step",
     "1x1, feature groups",
     "1d pointwise",
+    "centred, 1x1",
+    "centred, 1x1, strides 2",
 ]
 
 
@@ -368,6 +402,8 @@ DEVICE_CASES = {
     ),
     "1x1, rows divide": case((6, 6), (1, 1), batch=8, sampling_stride=3),
     "1d, step 3": case((5,), (1,), batch=16, sampling_stride=3),
+    "centred patches": case((5, 5), batch=16, sampling_stride=3, centred=True),
+    "centred, 1x1": case((5, 7), (1, 1), batch=16, sampling_stride=3, centred=True),
 }
 
 
@@ -391,7 +427,9 @@ def expected_of(name, x, mask):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "name",
-    in_the_quick_run(DEVICE_CASES, ["patches", "per group", "1x1, step 9, 25 pixels"]),
+    in_the_quick_run(
+        DEVICE_CASES, ["patches", "per group", "1x1, step 9, 25 pixels", "centred, 1x1"]
+    ),
 )
 def test_devices_under_pmap_hold_the_statistics_of_the_whole_batch(name, masked):
     x, mask = sharded_inputs(name, masked=masked)
@@ -407,7 +445,13 @@ def test_devices_under_pmap_hold_the_statistics_of_the_whole_batch(name, masked)
     "name",
     in_the_quick_run(
         DEVICE_CASES,
-        ["patches", "channels", "1x1, step 9, 49 pixels of one image", "1x1, step 16, 12 pixels"],
+        [
+            "patches",
+            "channels",
+            "1x1, step 9, 49 pixels of one image",
+            "1x1, step 16, 12 pixels",
+            "centred patches",
+        ],
     ),
 )
 def test_shards_under_shard_map_hold_the_statistics_of_the_whole_batch(name, masked):
@@ -424,7 +468,7 @@ def test_shards_under_shard_map_hold_the_statistics_of_the_whole_batch(name, mas
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["patches", "per group", "1x1, step 9, 25 pixels"])
+@pytest.mark.parametrize("name", ["patches", "per group", "1x1, step 9, 25 pixels", "centred, 1x1"])
 def test_a_sharded_batch_under_jit_has_the_statistics_of_the_whole(name, masked, axis_type):
     x, mask = sharded_inputs(name, masked=masked)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))

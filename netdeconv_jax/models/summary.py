@@ -135,4 +135,5 @@ def _columns_and_rows(row: LayerRow, spec: WhiteningSpec) -> tuple[ops.ColumnGro
     geometry = ops.window((row.kernel_size,) * 2, row.strides, row.padding)
     groups = conv_groups(spec, channels, geometry.taps, row.groups)
     stride = sampling_stride(spec, row.in_shape, geometry, groups)
-    return groups, ops.sampled_rows(row.in_shape, geometry, groups, stride)
+    centred = spec.sampling.centred
+    return groups, ops.sampled_rows(row.in_shape, geometry, groups, stride, centred=centred)

@@ -5,7 +5,7 @@ What a layer needs is the moments, never the patch matrix; whoever can get them 
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ def patch_moments(
     groups: ColumnGroups,
     *,
     sampling_stride: int = 1,
+    centred: bool = False,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
     axis_index_groups: Any = None,
@@ -47,12 +48,15 @@ def patch_moments(
     Patches lie on a grid of stride `sampling_stride * strides`, padding zeros included. Where only
     channels are whitened (`groups` has no columns per tap, as always with 1x1 kernels), every
     `prod(sampling_stride * strides)`-th pixel of the flattened, unpadded input is a sample, of any rank.
+    A grid begins in the corner, so that a coarse one sees the border, and zeros beyond it, in up to every
+    patch; one that is `centred` begins half of `sampling_stride` from it along each axis.
 
     Args:
       x: [batch, *spatial, channels], floating point.
       geometry: of the convolution.
       groups: division of its columns; of `channels * taps` columns or of `channels`.
       sampling_stride: static int >= 1.
+      centred: static bool, see above.
       mask: weights >= 0, broadcastable to [batch, *spatial, 1]. A patch weighs as much as the least of the
         pixels that it touches, padding aside.
       axis_name, axis_index_groups: pool over the devices of a mapped axis, as `lax.psum`. The result is
@@ -70,8 +74,8 @@ def patch_moments(
       ValueError: `x` has another rank than `geometry` asks for, is smaller than the kernel or has no samples;
         `groups` are those of other columns; `mask` or `shift` has another shape; `sampling_stride` < 1, or
         `sample_dtype` is unknown.
-      TypeError: `x` or `dtype` is not floating point, `sampling_stride` not an int, or `geometry` or `groups`
-        of another type.
+      TypeError: `x` or `dtype` is not floating point, `sampling_stride` not an int, `centred` not a bool, or
+        `geometry` or `groups` of another type.
 
     Source: the original FastDeconv. `mask` and pooling over devices are ours.
 
@@ -87,23 +91,23 @@ def patch_moments(
         dtype = jnp.promote_types(jnp.float32, x.dtype)
     dtype = check_float_dtype("dtype", dtype)
     check_sample_dtype(sample_dtype)
-    if sampled_rows(x.shape, geometry, groups, sampling_stride) == 0:
+    if sampled_rows(x.shape, geometry, groups, sampling_stride, centred=centred) == 0:
         raise ValueError(f"`x` has no samples: shape {x.shape}.")
     if mask is not None:
         mask = full_mask(mask, x).astype(dtype)
     if axis_index_groups is not None:
         axis_index_groups = tuple(map(tuple, axis_index_groups))
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    axis = (axis_name, axis_index_groups)
+    grid, axis = Grid(sampling_stride, centred), (axis_name, axis_index_groups)
     if shift is None:
-        result = _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype, sample_dtype)
+        result = _own_moments(x, mask, geometry, groups, grid, axis, dtype, sample_dtype)
         if axis_name is not None:
             result = result.psum(axis_name, axis_index_groups)
     else:
         shift = jnp.asarray(shift, dtype)
         if shift.shape != groups.mean_shape:
             raise ValueError(f"`shift` must have shape {groups.mean_shape}, got {shift.shape}.")
-        sums = _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, sample_dtype)
+        sums = _own_sums(x, mask, shift, geometry, groups, grid, axis, sample_dtype)
         if axis_name is not None:
             sums = lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
         result = moments_of_sums(sums, shift.reshape(*sums.shape[:-2], groups.width))
@@ -116,20 +120,49 @@ def patch_moments(
     )
 
 
+class Grid(NamedTuple):
+    """Which patches are samples: `patch_moments`."""
+
+    stride: int
+    centred: bool
+
+    def of_windows(
+        self, geometry: Window, spatial: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return how many pixels apart samples are, and how far the first is from the corner."""
+        counts = geometry.out_shape(spatial, geometry.strides)
+        strides = tuple(s * self.stride for s in geometry.strides)
+        return strides, self._first(counts, geometry.strides)
+
+    def of_pixels(self, geometry: Window, spatial: tuple[int, ...]) -> tuple[int, int]:
+        """Return the same of the flattened pixels; of another rank than the kernel's none is centred."""
+        step, first = math.prod(s * self.stride for s in geometry.strides), 0
+        if len(spatial) == geometry.ndim and math.prod(spatial):
+            counts = [-(-n // s) for n, s in zip(spatial, geometry.strides, strict=True)]
+            first = int(np.ravel_multi_index(self._first(counts, geometry.strides), spatial))
+        return step, first % step
+
+    def _first(self, counts, strides) -> tuple[int, ...]:
+        if not self.centred:
+            return (0,) * len(counts)
+        halves = (min(self.stride // 2, (n - 1) // 2) for n in counts)  # of a small map its middle
+        return tuple(half * s for half, s in zip(halves, strides, strict=True))
+
+
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7), inline=True)
-def _own_moments(x, mask, geometry, groups, sampling_stride, axis, dtype, sample_dtype):
+def _own_moments(x, mask, geometry, groups, grid, axis, dtype, sample_dtype):
     """The moments of this device's samples."""
     if _tap_by_tap(x, groups):
-        return _moments_by_tap(x, mask, geometry, groups, sampling_stride, dtype, sample_dtype)
-    rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
+        return _moments_by_tap(x, mask, geometry, groups, grid, dtype, sample_dtype)
+    rows, weights, axes = _rows(x, mask, geometry, groups, grid, axis)
     return moments(rows, weights, axes=axes, dtype=dtype, sample_dtype=sample_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7), inline=True)
-def _own_sums(x, mask, shift, geometry, groups, sampling_stride, axis, sample_dtype):
+def _own_sums(x, mask, shift, geometry, groups, grid, axis, sample_dtype):
     """The sums of this device's samples, about `shift`."""
-    rows, weights, axes = _rows(x, mask, geometry, groups, sampling_stride, axis)
+    rows, weights, axes = _rows(x, mask, geometry, groups, grid, axis)
     lead = [n for i, n in enumerate(rows.shape[:-1]) if i not in axes]
     return shifted_sums(rows, weights, shift.reshape(*lead, groups.width), axes, sample_dtype)
 
@@ -144,14 +177,14 @@ def _tap_by_tap(x, groups):
     )
 
 
-def _moments_by_tap(x, mask, geometry, groups, sampling_stride, dtype, sample_dtype):
+def _moments_by_tap(x, mask, geometry, groups, grid, dtype, sample_dtype):
     """The same moments, of samples in the order that slices and sums are fast in: channels last."""
-    strides = tuple(s * sampling_stride for s in geometry.strides)
-    taps = cut_by_tap(x, geometry, strides).astype(dtype)  # [taps, batch, *rows, channels]
+    place = grid.of_windows(geometry, x.shape[1:-1])
+    taps = cut_by_tap(x, geometry, *place).astype(dtype)  # [taps, batch, *rows, channels]
     axes = tuple(range(1, taps.ndim - 1))
     weights = None
     if mask is not None:
-        weights = _patch_weights(x, mask, geometry, strides)[None, ..., None]
+        weights = _patch_weights(x, mask, geometry, place)[None, ..., None]
     count, mean, centred = centre(taps, weights, axes)
 
     def split(taps):  # [feature groups, batch, *rows, width], columns in (channel, tap) order
@@ -165,13 +198,12 @@ def _moments_by_tap(x, mask, geometry, groups, sampling_stride, dtype, sample_dt
     return Moments(count, mean, scatter / at_least_one_sample(count))
 
 
-def _rows(x, mask, geometry, groups, sampling_stride, axis):
+def _rows(x, mask, geometry, groups, grid, axis):
     """This device's samples, their weights or None, and the axes that hold them."""
     if _pointwise(groups, x.shape[-1]):
-        step = math.prod(s * sampling_stride for s in geometry.strides)
-        columns, weights = _sampled_pixels(x, mask, step, *axis)
+        columns, weights = _sampled_pixels(x, mask, *grid.of_pixels(geometry, x.shape[1:-1]), *axis)
     else:
-        columns, weights = _sampled_patches(x, mask, geometry, sampling_stride)
+        columns, weights = _sampled_patches(x, mask, geometry, grid)
     rows = groups.split(columns)  # [batch, *rows, feature groups, sets, groups, width]
     axes = (*range(columns.ndim - 1), rows.ndim - 2)
     if weights is not None:
@@ -180,13 +212,18 @@ def _rows(x, mask, geometry, groups, sampling_stride, axis):
 
 
 def sampled_rows(
-    shape: tuple[int, ...], geometry: Window, groups: ColumnGroups, sampling_stride: int
+    shape: tuple[int, ...],
+    geometry: Window,
+    groups: ColumnGroups,
+    sampling_stride: int,
+    *,
+    centred: bool = False,
 ) -> int:
     """Return how many rows the covariance of `patch_moments` is taken over, all pooled groups together.
 
     Args:
       shape: of `x`, [batch, *spatial, channels].
-      geometry, groups, sampling_stride: as `patch_moments`.
+      geometry, groups, sampling_stride, centred: as `patch_moments`.
     Raises:
       ValueError, TypeError: as `patch_moments` for what is given here.
 
@@ -210,14 +247,17 @@ def sampled_rows(
             f"`groups` must have {channels} columns, or {channels * geometry.taps} with kernel taps, "
             f"got {columns}."
         )
-    strides = [s * sampling_stride for s in geometry.strides]
+    if not isinstance(centred, bool):
+        raise TypeError(f"`centred` must be a bool, got {centred!r}.")
+    grid = Grid(sampling_stride, centred)
     if _pointwise(groups, shape[-1]):
-        return -(-shape[0] * math.prod(shape[1:-1]) // math.prod(strides)) * groups.groups
+        step, first = grid.of_pixels(geometry, shape[1:-1])
+        return -((first - shape[0] * math.prod(shape[1:-1])) // step) * groups.groups
     if len(shape) != geometry.ndim + 2:
         raise ValueError(
             f"`x` must be [batch, *spatial, channels] with {geometry.ndim} spatial axes, got shape {shape}."
         )
-    out = geometry.out_shape(shape[1:-1], strides)
+    out = geometry.out_shape(shape[1:-1], *grid.of_windows(geometry, shape[1:-1]))
     return shape[0] * math.prod(out) * groups.groups
 
 
@@ -242,17 +282,18 @@ def flat_position(batch: int, axis_name: AxisName | None, axis_index_groups: Any
     return index + jnp.asarray(table)[device] * batch, batch * len(axis_index_groups[0])
 
 
-def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
+def _sampled_pixels(x, mask, step, first, axis_name, axis_index_groups):
     batch, channels = x.shape[0], x.shape[-1]
     pixels = math.prod(x.shape[1:-1])
     if axis_name is None and on_one_device(x, *([] if mask is None else [mask])):
         # As one image, which has no holes: a slice, where several need a gather and weights.
-        columns = x.reshape(1, batch * pixels, channels)[:, ::step]
+        columns = x.reshape(1, batch * pixels, channels)[:, first::step]
         if mask is not None:
-            mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(1, batch * pixels)[:, ::step]
+            mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).reshape(1, batch * pixels)
+            mask = mask[:, first::step]
         return columns, mask
     index, _ = flat_position(batch, axis_name, axis_index_groups)
-    phase = index * (pixels % step)
+    phase = index * (pixels % step) - first
     columns, weights = every_nth(x.reshape(batch, pixels, channels), step, phase[:, None])
     if weights is not None:
         weights = weights[..., 0]
@@ -263,21 +304,21 @@ def _sampled_pixels(x, mask, step, axis_name, axis_index_groups):
     return columns, weights
 
 
-def _sampled_patches(x, mask, geometry, sampling_stride):
-    strides = tuple(s * sampling_stride for s in geometry.strides)
+def _sampled_patches(x, mask, geometry, grid):
+    place = grid.of_windows(geometry, x.shape[1:-1])
     # (channel, tap) order, as the original flattens
-    columns = cut(x, geometry, strides, channels_first=True)
+    columns = cut(x, geometry, *place, channels_first=True)
     columns = columns.reshape(*columns.shape[: x.ndim - 1], x.shape[-1] * geometry.taps)
-    return columns, None if mask is None else _patch_weights(x, mask, geometry, strides)
+    return columns, None if mask is None else _patch_weights(x, mask, geometry, place)
 
 
-def _patch_weights(x, mask, geometry, strides):
+def _patch_weights(x, mask, geometry, place):
     """What each sample weighs: [batch, *rows]."""
     if mask.shape[1:-1] == (1,) * geometry.ndim:
-        counts = geometry.out_shape(x.shape[1:-1], strides)
+        counts = geometry.out_shape(x.shape[1:-1], *place)
         return jnp.broadcast_to(mask[..., 0], (x.shape[0], *counts))
     mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
-    touched = cut(mask, geometry, strides, value=jnp.inf)
+    touched = cut(mask, geometry, *place, value=jnp.inf)
     least = jnp.min(touched, axis=tuple(range(x.ndim - 1, touched.ndim - 1)))
     # A window of padding alone weighs as much as the heaviest pixel of its image.
     heaviest = jnp.max(mask, axis=tuple(range(1, mask.ndim)), keepdims=True)

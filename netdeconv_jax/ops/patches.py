@@ -87,8 +87,14 @@ class Window:
                 )
         return pads
 
-    def out_shape(self, spatial: tuple[int, ...], strides: Sequence[int]) -> tuple[int, ...]:
-        """Return how many windows, `strides` apart, an unpadded input of that spatial shape holds."""
+    def out_shape(
+        self, spatial: tuple[int, ...], strides: Sequence[int], first: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Return how many windows, `strides` apart, an unpadded input of that spatial shape holds.
+
+        The first of them is the corner's, or as many pixels from it as `first` says, which must not be more
+        than there are.
+        """
         if self.padding in _WRAP_MODES:
             spatial = tuple(n + k - 1 for n, k in zip(spatial, self._dilated_kernel, strict=True))
         sizes = zip(
@@ -97,10 +103,11 @@ class Window:
             self.zero_padding(spatial),
             self._dilated_kernel,
             strides,
+            first or (0,) * self.ndim,
             strict=True,
         )
         return tuple(
-            ((n - 1) * d + 1 + low + high - k) // s + 1 for n, d, (low, high), k, s in sizes
+            ((n - 1) * d + 1 + low + high - k - f) // s + 1 for n, d, (low, high), k, s, f in sizes
         )
 
     def pad(self, x: jax.Array, value: float = 0) -> jax.Array:
@@ -240,6 +247,7 @@ def cut(
     x: jax.Array,
     geometry: Window,
     strides: Sequence[int],
+    first: Sequence[int] | None = None,
     *,
     value: float = 0,
     channels_first: bool = False,
@@ -250,45 +258,51 @@ def cut(
       x: [batch, *spatial, channels], unpadded.
       geometry: of the windows, all but their strides.
       strides: between windows; larger than the convolution's where patches are sampled.
+      first: as `Window.out_shape`.
       value: of the padding.
       channels_first: static; [batch, *out, channels, *kernel_size] instead.
     Raises:
       ValueError: `x` is smaller than the kernel.
     """
-    counts = geometry.out_shape(x.shape[1:-1], strides)
+    first = first or (0,) * geometry.ndim
+    counts = geometry.out_shape(x.shape[1:-1], strides, first)
     taps, dilation = geometry.kernel_size, geometry.kernel_dilation
     extent = [(k - 1) * d + 1 for k, d in zip(taps, dilation, strict=True)]
     if all(e <= s for e, s in zip(extent, strides, strict=True)):
-        return _blocks(x, geometry, counts, strides, extent, value, channels_first)
-    slices, batch, channels = _by_tap(x, geometry, strides, value), x.shape[0], x.shape[-1]
+        return _blocks(x, geometry, counts, strides, first, extent, value, channels_first)
+    slices, batch, channels = _by_tap(x, geometry, strides, first, value), x.shape[0], x.shape[-1]
     if channels_first:
         return jnp.stack(slices, axis=-1).reshape(batch, *counts, channels, *taps)
     return jnp.stack(slices, axis=-2).reshape(batch, *counts, *taps, channels)
 
 
-def cut_by_tap(x: jax.Array, geometry: Window, strides: Sequence[int]) -> jax.Array:
+def cut_by_tap(
+    x: jax.Array, geometry: Window, strides: Sequence[int], first: Sequence[int]
+) -> jax.Array:
     """Return the same pixels tap by tap: [taps, batch, *out, channels]."""
-    return jnp.stack(_by_tap(x, geometry, strides, 0))
+    return jnp.stack(_by_tap(x, geometry, strides, first, 0))
 
 
-def _by_tap(x, geometry, strides, value):
+def _by_tap(x, geometry, strides, first, value):
     """What each tap of the kernel sees: [batch, *out, channels] each."""
-    counts = geometry.out_shape(x.shape[1:-1], strides)
+    counts = geometry.out_shape(x.shape[1:-1], strides, first)
     padded = geometry.pad(x, value)
     slices = []
     for tap in np.ndindex(*geometry.kernel_size):
-        start = [t * d for t, d in zip(tap, geometry.kernel_dilation, strict=True)]
+        start = [f + t * d for f, t, d in zip(first, tap, geometry.kernel_dilation, strict=True)]
         stop = [b + (n - 1) * s + 1 for b, n, s in zip(start, counts, strides, strict=True)]
         limits = (x.shape[0], *stop, x.shape[-1])
         slices.append(lax.slice(padded, (0, *start, 0), limits, (1, *strides, 1)))
     return slices
 
 
-def _blocks(x, geometry, counts, strides, extent, value, channels_first):
+def _blocks(x, geometry, counts, strides, first, extent, value, channels_first):
     """`cut` where windows do not overlap: a transposition, cheaper to compile and run than slices by tap."""
     x = geometry.wrap(x)
     value = jnp.asarray(value, x.dtype)
-    lows = [low for low, _ in geometry.zero_padding(x.shape[1:-1])]
+    lows = [
+        low - f for (low, _), f in zip(geometry.zero_padding(x.shape[1:-1]), first, strict=True)
+    ]
     strides = [s if c > 1 else e for s, c, e in zip(strides, counts, extent, strict=True)]
     ndim = len(counts)
     # Axis by axis, so that no more is split at a time over an explicit mesh, and each padded only once what

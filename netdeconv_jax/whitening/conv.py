@@ -51,7 +51,10 @@ def sampling_stride(
 ) -> int:
     """Return the stride at which `spec` samples an input of `shape` [batch, *spatial, channels]."""
     return spec.sampling.choose(
-        lambda stride: devices * ops.sampled_rows(shape, geometry, groups, stride),
+        lambda stride: (
+            devices
+            * ops.sampled_rows(shape, geometry, groups, stride, centred=spec.sampling.centred)
+        ),
         groups.width,
         largest=max(shape[1:-1]),
     )
@@ -123,6 +126,7 @@ def deconv_conv(
             sampling_stride=sampling_stride(
                 spec, x.shape, geometry, groups, devices=reduction.devices()
             ),
+            centred=spec.sampling.centred,
             mask=mask,
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,

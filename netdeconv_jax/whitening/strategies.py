@@ -175,6 +175,7 @@ class Stride:
     """
 
     stride: int = 3
+    centred = False
 
     def __post_init__(self):
         grouping_ops.check_count("sampling_stride", self.stride)
@@ -190,7 +191,10 @@ class Budget:
     """Statistics from the coarsest grid that still gives `rows_per_dim` samples per whitened dimension.
 
     A fixed stride takes far more samples than it needs in early layers, and can take fewer than there are
-    dimensions in late ones.
+    dimensions in late ones. A grid finer than `Stride()` is taken only as far as `finer_below` asks for: on
+    maps of a few pixels, where each channel has a whitener, it would cost more than all else.
+
+    The grid is centred: one that is coarse and begins in the corner sees mostly the border of a map.
 
     Source: ours.
 
@@ -201,14 +205,22 @@ class Budget:
     """
 
     rows_per_dim: int = 16
+    finer_below: int = 8
+    centred = True
 
     def __post_init__(self):
         grouping_ops.check_count("rows_per_dim", self.rows_per_dim)
+        grouping_ops.check_count("finer_below", self.finer_below)
 
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
         """Return the largest stride, at most `largest`, for which `rows_at(stride)` is enough; at least 1."""
-        enough = self.rows_per_dim * width
-        return max((s for s in range(1, largest + 1) if rows_at(s) >= enough), default=1)
+
+        def coarsest(rows_per_dim: int, largest: int) -> int:
+            strides = range(1, largest + 1)
+            return max((s for s in strides if rows_at(s) >= rows_per_dim * width), default=1)
+
+        stride, usual = coarsest(self.rows_per_dim, largest), Stride().stride
+        return stride if stride >= usual else max(stride, coarsest(self.finer_below, usual))
 
 
 @dataclasses.dataclass(frozen=True)

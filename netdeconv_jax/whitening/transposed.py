@@ -86,6 +86,7 @@ def deconv_conv_transpose(
             window,
             groups,
             sampling_stride=stride,
+            centred=spec.sampling.centred,
             mask=mask,
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
