@@ -1,10 +1,10 @@
 """What `ops.convolution` saves on a CPU: layers and whole training steps, beside `lax.conv_general_dilated`.
 
-  python -m benchmarks.convolution [--rounds=5] [--networks=resnet18,mobilenetv2] [--batch=128]
+  python -m benchmarks.convolution [--rounds=5] [--networks=resnet18,mobilenetv2] [--batch=128] [--name=mine]
 
 Both ways take turns in one process, and processor time counts all threads. Images are random: this is timing.
 Needs jax, flax and optax, and one CPU device: anywhere else both ways are the same. Writes
-benchmarks/results/convolution.json.
+benchmarks/results/convolution.json, or under the name that is given.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODULE = importlib.import_module(
     "netdeconv_jax.ops.convolution"
 )  # `ops.convolution` is the function
 # Image without its batch, side of the kernel, strides, features, groups: layers of ResNet-18, ResNet-50,
-# MobileNetV2, EfficientNet-B0 and PNASNet-A at CIFAR's size.
+# MobileNetV2, EfficientNet-B0, PNASNet-A, DPN-92 and ResNeXt-29 at CIFAR's size.
 LAYERS = (
     ((32, 32, 64), 3, 1, 64, 1),
     ((16, 16, 128), 3, 1, 128, 1),
@@ -44,6 +44,10 @@ LAYERS = (
     ((8, 8, 240), 5, 1, 240, 240),
     ((32, 32, 44), 7, 1, 44, 44),
     ((8, 8, 88), 7, 2, 176, 88),
+    ((16, 16, 96), 3, 1, 96, 32),
+    ((16, 16, 256), 3, 1, 256, 32),
+    ((16, 16, 256), 3, 2, 256, 32),
+    ((8, 8, 512), 3, 1, 512, 32),
 )
 NETWORKS = "resnet18,mobilenetv2,efficientnet_b0"
 
@@ -53,7 +57,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convolution")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=NETWORKS)
+    parser.add_argument(
+        "--networks", type=lambda text: [n for n in text.split(",") if n], default=NETWORKS
+    )
+    parser.add_argument("--name", default="convolution", help="of the result")
     options = parser.parse_args(argv)
     if jax.default_backend() != "cpu" or jax.device_count() != 1:
         raise SystemExit(f"`ops.convolution` is `lax`'s on {jax.devices()}: nothing to compare.")
@@ -69,7 +76,7 @@ def main(argv: list[str]) -> None:
         "layers": layers,
         "networks": networks,
     }
-    path = ROOT / "benchmarks" / "results" / "convolution.json"
+    path = ROOT / "benchmarks" / "results" / f"{options.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     say(f"Written to {path}.")
 

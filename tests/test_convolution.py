@@ -237,6 +237,33 @@ def test_the_gradient_of_depthwise_ones_holds_few_images_and_not_one_a_tap(
     assert memory.temp_size_in_bytes < most * x.nbytes
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_chain_of_depthwise_ones_computes_each_once(gradient, one_cpu):
+    def flops(layers):
+        def value(x, kernel):
+            for _ in range(layers):
+                y = ops.convolution(
+                    x,
+                    kernel,
+                    (1, 1),
+                    "SAME",
+                    dimension_numbers=CHANNELS_LAST[2],
+                    feature_group_count=8,
+                )
+                x = jax.nn.relu(x + y)
+            return x.sum()
+
+        function = jax.grad(value, (0, 1)) if gradient else value
+        compiled = (
+            jax.jit(function).lower(jnp.ones((2, 16, 16, 8)), jnp.ones((3, 3, 1, 8))).compile()
+        )
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(6) < 9 * flops(
+        1
+    )  # fused, the sixth computes the five before it, and that in each of its uses
+
+
 def test_the_eager_gradient_of_a_depthwise_one_compiles_once(one_cpu):
     x, kernel, keywords = case("depthwise", 2)
 

@@ -6,7 +6,8 @@ parts of the batch, or as a product of matrices where the kernel is 1x1, it is o
 
 A depthwise convolution it computes channel by channel. As a sum over the kernel's taps, each of which scales
 the shifted image, it takes half of the time at most where a step trains it on 128 images, and less than a
-tenth at a stride of 2; a small one may gain nothing, and all compile longer.
+tenth at a stride of 2; a small one may gain nothing, and all compile longer. It is a program of its own, since
+XLA would compute it again in everything that uses it, and what it uses again with it.
 
 The gradient of any other grouped convolution takes it 20 to 60 times as long as that of a dense one as large.
 So up to four dense ones stand in, each of some groups, whose kernels are blocks along its diagonal.
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from netdeconv_jax.ops.devices import on_one_device
 
@@ -178,9 +180,20 @@ def _has_windows(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
     return jax.eval_shape(functools.partial(_convolve, settings=settings), x, kernel).size > 0
 
 
-# `jit` here and below: one program each, also where nobody compiles the whole.
+def _apart(form: _Form) -> _Form:
+    """`form` as one program, also where nobody compiles the whole, into which XLA fuses nothing and it nowhere."""
+    program = jax.jit(form, static_argnums=2)
+
+    @functools.wraps(form)
+    def call(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
+        with set_xla_metadata(inlineable="false"):
+            return program(x, kernel, settings)
+
+    return call
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)
+@_apart
 def _by_taps(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
     """The convolution of each channel with kernels of its own, as a sum over their taps: one loop."""
     padded, starts, span, scales = _laid_out(x, kernel, settings)
@@ -213,7 +226,7 @@ def _by_blocks(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Arra
     return lax.concatenate(parts, x.ndim - 1)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@_apart
 def _to_taps(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
     """The same, written so that its transpose in `x` is a sum of slices: one loop, where pads are many."""
     padded, starts, span, scales = _laid_out(x, kernel, settings)
@@ -231,7 +244,7 @@ def _to_taps(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
     return y.reshape(*y.shape[:-2], kernel.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@_apart
 def _tap_after_tap(x: jax.Array, kernel: jax.Array, settings: _Settings) -> jax.Array:
     """The same, written so that its transpose in `kernel` holds one shifted image at a time, not all."""
     padded, starts, span, scales = _laid_out(x, kernel, settings)
