@@ -6,8 +6,8 @@ parts of the batch, or as a product of matrices where the kernel is 1x1, it is o
 
 A depthwise convolution it computes channel by channel. As a sum over the kernel's taps, each of which scales
 the shifted image, it takes half of the time at most where a step trains it on 128 images, and less than a
-tenth at a stride of 2; a small one may gain nothing, and all compile longer. It is a program of its own, since
-XLA would compute it again in everything that uses it, and what it uses again with it.
+tenth at a stride of 2; a small one may gain nothing, and all compile longer. It is a program of its own, or
+XLA would compute it again in everything that uses it.
 
 The gradient of any other grouped convolution takes it 20 to 60 times as long as that of a dense one as large.
 So up to four dense ones stand in, each of some groups, whose kernels are blocks along its diagonal.
@@ -181,7 +181,7 @@ def _has_windows(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
 
 
 def _apart(form: _Form) -> _Form:
-    """`form` as one program, also where nobody compiles the whole, into which XLA fuses nothing and it nowhere."""
+    """`form` as a program of its own, whether the whole is compiled or not: fused with nothing around it."""
     program = jax.jit(form, static_argnums=2)
 
     @functools.wraps(form)
