@@ -9,7 +9,7 @@ the shifted image, it takes half of the time at most where a step trains it on 1
 tenth at a stride of 2; a small one may gain nothing, and all compile longer. It is a program of its own, or
 XLA would compute it again in everything that uses it.
 
-The gradient of any other grouped convolution takes it 20 to 60 times as long as that of a dense one as large.
+The gradient of any other grouped convolution takes it 15 to 40 times as long as that of one without groups.
 So up to four dense ones stand in, each of some groups, whose kernels are blocks along its diagonal.
 
 Anywhere else this is `lax.conv_general_dilated`.

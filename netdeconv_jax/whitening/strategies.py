@@ -213,11 +213,17 @@ class Budget:
         grouping_ops.check_count("finer_below", self.finer_below)
 
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
-        """Return the largest stride, at most `largest`, for which `rows_at(stride)` is enough; at least 1."""
+        """Return the stride, at most `largest` and at least 1, of the coarsest grid with rows enough.
+
+        Of several strides with as many rows it is the one in the middle, whose grid is the most even.
+        """
 
         def coarsest(rows_per_dim: int, largest: int) -> int:
-            strides = range(1, largest + 1)
-            return max((s for s in strides if rows_at(s) >= rows_per_dim * width), default=1)
+            enough = rows_per_dim * width
+            rows = {stride: rows_at(stride) for stride in range(1, largest + 1)}
+            fewest = min((n for n in rows.values() if n >= enough), default=rows[1])
+            alike = [stride for stride, n in rows.items() if n == fewest]
+            return alike[(len(alike) - 1) // 2]
 
         stride, usual = coarsest(self.rows_per_dim, largest), Stride().stride
         return stride if stride >= usual else max(stride, coarsest(self.finer_below, usual))
