@@ -254,10 +254,10 @@ def test_a_chain_of_depthwise_ones_computes_each_once(gradient, one_cpu):
             return x.sum()
 
         function = jax.grad(value, (0, 1)) if gradient else value
-        compiled = (
-            jax.jit(function).lower(jnp.ones((2, 16, 16, 8)), jnp.ones((3, 3, 1, 8))).compile()
-        )
-        return compiled.cost_analysis()["flops"]
+        x, kernel = jnp.ones((2, 16, 16, 8)), jnp.ones((3, 3, 1, 8))
+        costs = jax.jit(function).lower(x, kernel).compile().cost_analysis()
+        assert costs is not None
+        return costs["flops"]
 
     assert flops(6) < 9 * flops(
         1
