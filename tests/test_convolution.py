@@ -259,9 +259,8 @@ def test_a_chain_of_depthwise_ones_computes_each_once(gradient, one_cpu):
         assert costs is not None
         return costs["flops"]
 
-    assert flops(6) < 9 * flops(
-        1
-    )  # fused, the sixth computes the five before it, and that in each of its uses
+    # Fused, the sixth computes the five before it, and that in each of its uses.
+    assert flops(6) < 9 * flops(1)
 
 
 def test_the_eager_gradient_of_a_depthwise_one_compiles_once(one_cpu):
