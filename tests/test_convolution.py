@@ -202,6 +202,28 @@ def test_a_grouped_one_is_a_few_dense_ones_of_any_batch(one_cpu):
             assert groups == [1] * blocks * times
 
 
+@pytest.mark.parametrize("name", ["eight groups, padded", "depthwise, three kernels a channel"])
+def test_the_value_and_gradients_of_a_small_batch_are_those_of_lax_too(name, x64, one_cpu):
+    x, kernel, keywords = case(name, 3)
+
+    def figures(convolution):
+        def value(x, kernel):
+            return jnp.sin(convolution(x, kernel, **keywords)).sum()
+
+        return convolution(x, kernel, **keywords), *jax.grad(value, (0, 1))(x, kernel)
+
+    for one, other in zip(figures(ops.convolution), figures(lax.conv_general_dilated), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_not_finite_spreads_no_further_than_to_the_groups_of_its_block(one_cpu):
+    x, kernel, keywords = case("eight groups, 1x1", 2)  # of two channels; two groups a block
+    y = ops.convolution(x.at[0, 0, 0, 0].set(jnp.inf), kernel, **keywords)
+    lost = ~np.isfinite(y)
+    assert lost[0, 0, 0].tolist() == [True] * 2 + [False] * 6
+    assert lost.sum() == 2
+
+
 def convolved(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "conv_general_dilated":

@@ -109,3 +109,9 @@ def test_the_moments_of_a_batch_and_their_gradient_are_two_products_at_highest_p
     mask = jnp.ones((6,))
     found = dots(jax.grad(lambda x: ops.moments(x, mask).cov.sum()), x)
     assert found == [(lax.Precision.HIGHEST,) * 2] * 2
+
+
+@pytest.mark.parametrize("shape", [(10, 0, 3), (10, 4, 0), (10, 1, 0), (10, 0)])
+def test_no_matrices_and_no_variables_are_no_mistake(shape):
+    cov = ops.moments(jnp.zeros(shape), axes=(0,)).cov
+    assert cov.shape == (*shape[1:], shape[-1])

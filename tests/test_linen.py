@@ -608,6 +608,20 @@ def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough(rows_per_dim, fine
     np.testing.assert_allclose(updated["batch_stats"]["mean"], expected.mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("side", "rows"), [(1, 128), (2, 128)])
+def test_a_budget_thins_no_images(side, rows):
+    # Of a map that is smaller than the default's stride: each image is in the statistics.
+    x = normal((128, side, side, 16))
+    layer = DeconvConv(4, (1, 1), spec=WhiteningSpec.fast(), momentum=0.0)
+    variables = start(layer, x)
+
+    def mean(x):
+        return train(layer, variables, x)[1]["batch_stats"]["mean"].sum()
+
+    seen = np.abs(jax.grad(mean)(x)).sum((1, 2, 3)) > 0
+    assert seen.sum() == rows
+
+
 def test_a_budget_that_is_not_there_takes_all_of_it():
     x = normal((1, 6, 6, 4))
     spec = WhiteningSpec(sampling=Budget(16, finer_below=16))

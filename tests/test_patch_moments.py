@@ -191,6 +191,18 @@ def test_moments_are_those_of_the_explicit_patch_matrix(x64, name):
     assert_moments(found, explicitly(CASES[name], x), 1e-13)
 
 
+def test_feature_groups_may_have_several_groups_or_sets(x64):
+    x, window = jnp.asarray(data(case(channels=8))), ops.window((3, 3))
+    patches = jnp.moveaxis(ops.extract_patches(x, (3, 3)), -1, 3).reshape(*x.shape[:3], 72)
+    for sets, count in ((1, 2), (2, 1)):
+        groups = ops.ColumnGroups("contiguous", 2, sets, count, 18)
+        rows = groups.split(patches)
+        expected = ops.moments(rows, axes=(0, 1, 2, rows.ndim - 2))
+        found = ops.patch_moments(x, window, groups)
+        expected = expected.cov.reshape(found.cov.shape)
+        np.testing.assert_allclose(found.cov, expected, rtol=0, atol=1e-12)
+
+
 def test_without_jit_they_are_the_same():
     for name in ("1x1, rows do not divide", "two groups"):
         x = jnp.asarray(data(CASES[name]), jnp.float32)

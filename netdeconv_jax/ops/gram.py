@@ -90,22 +90,20 @@ def _contract(
         a, b, precision = a.astype(sample_dtype), b.astype(sample_dtype), lax.Precision.DEFAULT
     lead = tuple(i for i in range(a.ndim - 1) if i not in axes)
     shape, d = [a.shape[i] for i in lead], a.shape[-1]
-    matrices = math.prod(shape)
+    matrices, samples = math.prod(shape), math.prod(a.shape[i] for i in axes)
     contracted, batched, out_sharding = axes, lead, None
     if on_explicit_mesh(a):
         out_sharding = NamedSharding(jax.typeof(a).sharding.mesh, PartitionSpec())
     elif matrices == 1:
         # As a matrix: where several axes are contracted XLA first writes all samples out transposed.
-        a, b = a.reshape(-1, d), b.reshape(-1, d)
+        a, b = a.reshape(samples, d), b.reshape(samples, d)
         contracted, batched = (0,), ()
     elif jax.default_backend() == "cpu":
         # So does it here, in the order that suits many small matrices or few, as measured.
         samples_last = matrices > 2 * d
         order = (*lead, a.ndim - 1, *axes) if samples_last else (*lead, *axes, a.ndim - 1)
-        a, b = (
-            v.transpose(order).reshape(matrices, *((d, -1) if samples_last else (-1, d)))
-            for v in (a, b)
-        )
+        sizes = (d, samples) if samples_last else (samples, d)
+        a, b = (v.transpose(order).reshape(matrices, *sizes) for v in (a, b))
         contracted, batched = (2 if samples_last else 1,), (0,)
     product = lax.dot_general(
         a,

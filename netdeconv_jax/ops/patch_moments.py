@@ -49,7 +49,8 @@ def patch_moments(
     channels are whitened (`groups` has no columns per tap, as always with 1x1 kernels), every
     `prod(sampling_stride * strides)`-th pixel of the flattened, unpadded input is a sample, of any rank.
     A grid begins in the corner, so that a coarse one sees the border, and zeros beyond it, in up to every
-    patch; one that is `centred` begins half of `sampling_stride` from it along each axis.
+    patch. One that is `centred` begins half of `sampling_stride` windows from it along each axis, or as far
+    as the middle; of pixels only the first is moved there, modulo the step.
 
     Args:
       x: [batch, *spatial, channels], floating point.
@@ -171,6 +172,7 @@ def _tap_by_tap(x, groups):
     """Whether there are whiteners for each feature group, and a CPU that is slow at what `_rows` lays out."""
     return (
         groups.feature_groups > 1
+        and groups.sets == groups.groups == 1
         and not _pointwise(groups, x.shape[-1])
         and jax.default_backend() == "cpu"
         and not on_explicit_mesh(x)

@@ -92,8 +92,8 @@ class Window:
     ) -> tuple[int, ...]:
         """Return how many windows, `strides` apart, an unpadded input of that spatial shape holds.
 
-        The first of them is the corner's, or as many pixels from it as `first` says, which must not be more
-        than there are.
+        The first of them is the corner's, or as many pixels from it as `first` says: no further than the
+        last.
         """
         if self.padding in _WRAP_MODES:
             spatial = tuple(n + k - 1 for n, k in zip(spatial, self._dilated_kernel, strict=True))

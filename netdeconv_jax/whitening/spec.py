@@ -40,7 +40,8 @@ class WhiteningSpec:
     Attributes:
       root: `NewtonSchulz(num_iters)`, `Chebyshev(tol, num_iters)`, `ChebyshevRidge(ridge, tol)` or
         `Eigh(ridge)`.
-      sampling: `Stride(stride)` or `Budget(rows_per_dim)`: which patches the statistics see.
+      sampling: `Stride(stride)` or `Budget(rows_per_dim, finer_below)`: which patches the statistics
+        see.
       grouping: `Interleaved(block_size, shared)` or `Contiguous(block_size, shared)`. With `shared=False`
         every group has a mean and a whitener of its own.
       eps: float > 0, added to the diagonal of the covariance.
@@ -134,8 +135,8 @@ class WhiteningSpec:
         `models` that ask for ten iterations or more run them, as by default.
         ResNet-18 on CIFAR-10: of width 16, after 2 epochs, 75.7% with it and 67.1% with the default, means of
         three seeds. Of full width, in bfloat16, after 20 epochs, 93.4% and 94.2%, batch norm 92.4%, one seed
-        each, and before its samples were centred, which made 74.4 75.7: where a run is long and the last point
-        counts, blocks of 64 had it.
+        each, and before its samples were centred, which made 74.4 75.7: where a run is long and the last
+        point counts, blocks of 64 had it.
         """
         return cls(
             root=Chebyshev(num_iters=3, tol=6e-3), sampling=Budget(), grouping=Interleaved(16)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -175,7 +175,7 @@ class Stride:
     """
 
     stride: int = 3
-    centred = False
+    centred: ClassVar[bool] = False  # as the original's
 
     def __post_init__(self):
         grouping_ops.check_count("sampling_stride", self.stride)
@@ -194,7 +194,8 @@ class Budget:
     dimensions in late ones. A grid finer than `Stride()` is taken only as far as `finer_below` asks for: on
     maps of a few pixels, where each channel has a whitener, it would cost more than all else.
 
-    The grid is centred: one that is coarse and begins in the corner sees mostly the border of a map.
+    The grid is centred (`ops.patch_moments`): one that is coarse and begins in the corner sees mostly the
+    border of a map.
 
     Source: ours.
 
@@ -206,7 +207,7 @@ class Budget:
 
     rows_per_dim: int = 16
     finer_below: int = 8
-    centred = True
+    centred: ClassVar[bool] = True
 
     def __post_init__(self):
         grouping_ops.check_count("rows_per_dim", self.rows_per_dim)
@@ -215,7 +216,8 @@ class Budget:
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
         """Return the stride, at most `largest` and at least 1, of the coarsest grid with rows enough.
 
-        Of several strides with as many rows it is the one in the middle, whose grid is the most even.
+        Of several strides with as many rows it is the one in the middle: the smallest leave a margin at the
+        far side of a map, the largest reach its border there.
         """
 
         def coarsest(rows_per_dim: int, largest: int) -> int:
@@ -225,7 +227,7 @@ class Budget:
             alike = [stride for stride, n in rows.items() if n == fewest]
             return alike[(len(alike) - 1) // 2]
 
-        stride, usual = coarsest(self.rows_per_dim, largest), Stride().stride
+        stride, usual = coarsest(self.rows_per_dim, largest), min(Stride().stride, largest)
         return stride if stride >= usual else max(stride, coarsest(self.finer_below, usual))
 
 
