@@ -13,7 +13,8 @@ The gradient of any other grouped convolution takes it 15 to 40 times as long as
 in layers with 32 of them. So up to four dense ones stand in, each of some groups, whose kernels are blocks
 along its diagonal.
 
-Anywhere else this is `lax.conv_general_dilated`.
+Anywhere else this is `lax.conv_general_dilated`. All forms are one file, and a long one: each must be the
+same function as the others, and which one stands in is decided in one place.
 """
 
 import functools
@@ -99,10 +100,9 @@ def convolution(
         precision=tuple(precision) if isinstance(precision, list) else precision,
     )
     if _on_one_cpu(lhs, rhs):
-        if _is_depthwise(lhs, rhs, settings):
-            return _by_taps(lhs, rhs, settings)
         if _is_grouped(lhs, rhs, settings):
-            return _by_blocks(lhs, rhs, settings)
+            form = _by_taps if _is_depthwise(lhs, rhs, settings) else _by_blocks
+            return form(lhs, rhs, settings)
         if _is_slow(lhs, rhs, settings):
             return _with_fast_gradient(lhs, rhs, settings)
     return _convolve(lhs, rhs, settings)
@@ -149,22 +149,8 @@ def _is_slow(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
     )
 
 
-def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
-    """Whether every feature sees one channel, and the sum over taps is the same function."""
-    return (
-        _is_plain(x, kernel)
-        and settings.dimension_numbers == _channels_last(x.ndim)
-        and settings.feature_group_count == x.shape[-1] > 1
-        and settings.batch_group_count == 1
-        and settings.preferred_element_type in (None, x.dtype)
-        and math.prod(kernel.shape[:-2]) <= _MOST_TAPS
-        and kernel.shape[-1] <= _MOST_KERNELS * x.shape[-1]
-        and _has_windows(x, kernel, settings)
-    )
-
-
 def _is_grouped(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
-    """Whether channels are in groups that fit; of one channel, those that are not summed over taps."""
+    """Whether channels are in groups that fit, and there is something to compute."""
     groups = settings.feature_group_count
     return (
         _is_plain(x, kernel)
@@ -173,12 +159,18 @@ def _is_grouped(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
         and settings.batch_group_count == 1
         and kernel.shape[-2] * groups == x.shape[-1]
         and kernel.shape[-1] % groups == 0
-        and _has_windows(x, kernel, settings)
+        and jax.eval_shape(functools.partial(_convolve, settings=settings), x, kernel).size > 0
     )
 
 
-def _has_windows(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
-    return jax.eval_shape(functools.partial(_convolve, settings=settings), x, kernel).size > 0
+def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: _Settings) -> bool:
+    """Whether of these every group is one channel, and the sum over taps the same function, not too long."""
+    return (
+        settings.feature_group_count == x.shape[-1]
+        and settings.preferred_element_type in (None, x.dtype)
+        and math.prod(kernel.shape[:-2]) <= _MOST_TAPS
+        and kernel.shape[-1] <= _MOST_KERNELS * x.shape[-1]
+    )
 
 
 def _apart(form: _Form) -> _Form:

@@ -133,10 +133,7 @@ def moments(
         check_broadcastable("weights", weights.shape, x.shape[:-1])
     if dtype is None:
         dtype = jnp.promote_types(jnp.float32, x.dtype)
-    total = 1
-    for axis in axes:
-        total *= x.shape[axis]
-    if total == 0:
+    if math.prod(x.shape[axis] for axis in axes) == 0:
         raise ValueError(f"`x` has no samples: shape {x.shape}, sample axes {axes}.")
     x = x.astype(check_float_dtype("dtype", dtype))
     if weights is not None:

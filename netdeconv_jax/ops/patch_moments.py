@@ -5,7 +5,7 @@ What a layer needs is the moments, never the patch matrix; whoever can get them 
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from netdeconv_jax.ops.moments import (
     moments,
 )
 from netdeconv_jax.ops.patches import Window, cut, cut_by_tap
-from netdeconv_jax.ops.sampling import every_nth
+from netdeconv_jax.ops.sampling import Grid, every_nth
 from netdeconv_jax.ops.shifted import moments_of_sums, shifted_sums
 
 
@@ -119,35 +119,6 @@ def patch_moments(
         result.mean.reshape(*shape, groups.width),
         result.cov.reshape(*shape, groups.width, groups.width),
     )
-
-
-class Grid(NamedTuple):
-    """Which patches are samples: `patch_moments`."""
-
-    stride: int
-    centred: bool
-
-    def of_windows(
-        self, geometry: Window, spatial: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return how many pixels apart samples are, and how far the first is from the corner."""
-        counts = geometry.out_shape(spatial, geometry.strides)
-        strides = tuple(s * self.stride for s in geometry.strides)
-        return strides, self._first(counts, geometry.strides)
-
-    def of_pixels(self, geometry: Window, spatial: tuple[int, ...]) -> tuple[int, int]:
-        """Return the same of the flattened pixels; of another rank than the kernel's none is centred."""
-        step, first = math.prod(s * self.stride for s in geometry.strides), 0
-        if len(spatial) == geometry.ndim and math.prod(spatial):
-            counts = [-(-n // s) for n, s in zip(spatial, geometry.strides, strict=True)]
-            first = int(np.ravel_multi_index(self._first(counts, geometry.strides), spatial))
-        return step, first % step
-
-    def _first(self, counts, strides) -> tuple[int, ...]:
-        if not self.centred:
-            return (0,) * len(counts)
-        halves = (min(self.stride // 2, (n - 1) // 2) for n in counts)  # of a small map its middle
-        return tuple(half * s for half, s in zip(halves, strides, strict=True))
 
 
 # `jit`: one program where nobody else compiles, and a trace that equal layers share.

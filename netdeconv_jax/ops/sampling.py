@@ -1,4 +1,6 @@
-"""Every n-th pixel of a flattened batch, without ever merging the batch axis.
+"""Which patches are samples: a grid of windows, or every n-th pixel of a flattened batch.
+
+Pixels are taken without ever merging the batch axis.
 
 The original thins the rows of a flattened [batch * pixels, channels] matrix. Merging the batch axis with
 another is not possible where it is sharded over an explicit mesh, and strides of a sharded axis move data
@@ -6,11 +8,15 @@ between devices; and a device that holds a part of the batch must know where in 
 So every image is thinned by itself, from the phase at which the flat count reaches it.
 """
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from netdeconv_jax.ops.grouping import check_count
+from netdeconv_jax.ops.patches import Window
 
 
 def every_nth(
@@ -59,3 +65,32 @@ def every_nth(
     if isinstance(present, np.ndarray) and present.all():
         return picked, None
     return picked, jnp.asarray(present, jnp.promote_types(jnp.float32, x.dtype))
+
+
+class Grid(NamedTuple):
+    """Which patches are samples: `patch_moments`."""
+
+    stride: int
+    centred: bool
+
+    def of_windows(
+        self, geometry: Window, spatial: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return how many pixels apart samples are, and how far the first is from the corner."""
+        counts = geometry.out_shape(spatial, geometry.strides)
+        strides = tuple(s * self.stride for s in geometry.strides)
+        return strides, self._first(counts, geometry.strides)
+
+    def of_pixels(self, geometry: Window, spatial: tuple[int, ...]) -> tuple[int, int]:
+        """Return the same of the flattened pixels; of another rank than the kernel's none is centred."""
+        step, first = math.prod(s * self.stride for s in geometry.strides), 0
+        if len(spatial) == geometry.ndim and math.prod(spatial):
+            counts = [-(-n // s) for n, s in zip(spatial, geometry.strides, strict=True)]
+            first = int(np.ravel_multi_index(self._first(counts, geometry.strides), spatial))
+        return step, first % step
+
+    def _first(self, counts, strides) -> tuple[int, ...]:
+        if not self.centred:
+            return (0,) * len(counts)
+        halves = (min(self.stride // 2, (n - 1) // 2) for n in counts)  # of a small map its middle
+        return tuple(half * s for half, s in zip(halves, strides, strict=True))
