@@ -18,7 +18,7 @@ from flax import linen as nn
 from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.summary import LayerRow, layer_table
-from netdeconv_jax.whitening.conv import conv_groups, dense_groups, sampling_stride
+from netdeconv_jax.whitening.conv import conv_groups, dense_groups, sampling
 from netdeconv_jax.whitening.running import whitener_of
 
 LEAST_SECONDS, REPEATS = 0.05, 5
@@ -110,11 +110,11 @@ def _parts(row: LayerRow, dtype: Any) -> dict[str, tuple[Callable[..., Any], tup
     spec = row.spec
     if row.kind == "deconv_dense":
         x = x.reshape(x.shape[0], -1, 1, x.shape[-1])
-        geometry, groups, stride = ops.window((1, 1)), dense_groups(spec, x.shape[-1]), 1
+        geometry, groups, grid = ops.window((1, 1)), dense_groups(spec, x.shape[-1]), {}
     else:
         geometry = ops.window((row.kernel_size,) * 2, row.strides, row.padding)
         groups = conv_groups(spec, x.shape[-1], geometry.taps, row.groups)
-        stride = sampling_stride(spec, x.shape, geometry, groups)
+        grid = sampling(spec, x.shape, geometry, groups)
     kernel_shape = (*geometry.kernel_size, x.shape[-1] // row.groups, row.out_shape[-1])
     kernel = jax.random.normal(key, kernel_shape)
     bias = jnp.zeros(kernel_shape[-1])
@@ -125,10 +125,9 @@ def _parts(row: LayerRow, dtype: Any) -> dict[str, tuple[Callable[..., Any], tup
             x,
             geometry,
             groups,
-            sampling_stride=stride,
-            centred=spec.sampling.centred,
             shift=shift,
             sample_dtype=spec.sample_dtype,
+            **grid,
         )
 
     def fold(kernel: jax.Array, bias: jax.Array, mean: jax.Array, whitener: jax.Array) -> Any:

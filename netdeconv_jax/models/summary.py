@@ -13,7 +13,7 @@ from netdeconv_jax.linen import DeconvConv, DeconvDense
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import AvgPool, MaxPool
 from netdeconv_jax.whitening import WhiteningSpec
-from netdeconv_jax.whitening.conv import conv_groups, dense_groups, sampling_stride
+from netdeconv_jax.whitening.conv import conv_groups, dense_groups, sampling
 
 _KINDS = {
     nn.Conv: "conv",
@@ -134,6 +134,5 @@ def _columns_and_rows(row: LayerRow, spec: WhiteningSpec) -> tuple[ops.ColumnGro
         return groups, math.prod(row.in_shape[:-1]) * groups.groups
     geometry = ops.window((row.kernel_size,) * 2, row.strides, row.padding)
     groups = conv_groups(spec, channels, geometry.taps, row.groups)
-    stride = sampling_stride(spec, row.in_shape, geometry, groups)
-    centred = spec.sampling.centred
-    return groups, ops.sampled_rows(row.in_shape, geometry, groups, stride, centred=centred)
+    grid = sampling(spec, row.in_shape, geometry, groups)
+    return groups, ops.sampled_rows(row.in_shape, geometry, groups, **grid)

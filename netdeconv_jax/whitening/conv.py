@@ -41,23 +41,22 @@ def dense_groups(spec: WhiteningSpec, features: int) -> ops.ColumnGroups:
     )
 
 
-def sampling_stride(
+def sampling(
     spec: WhiteningSpec,
     shape: tuple[int, ...],
     geometry: ops.Window,
     groups: ops.ColumnGroups,
     *,
     devices: int = 1,
-) -> int:
-    """Return the stride at which `spec` samples an input of `shape` [batch, *spatial, channels]."""
-    return spec.sampling.choose(
-        lambda stride: (
-            devices
-            * ops.sampled_rows(shape, geometry, groups, stride, centred=spec.sampling.centred)
-        ),
-        groups.width,
-        largest=max(shape[1:-1]),
-    )
+) -> dict[str, Any]:
+    """Return how `spec` samples an input of `shape` [batch, *spatial, channels], for `ops.patch_moments`."""
+    centred = spec.sampling.centred
+
+    def rows_at(stride: int) -> int:
+        return devices * ops.sampled_rows(shape, geometry, groups, stride, centred=centred)
+
+    stride = spec.sampling.choose(rows_at, groups.width, largest=max(shape[1:-1]))
+    return {"sampling_stride": stride, "centred": centred}
 
 
 def deconv_conv(
@@ -123,10 +122,7 @@ def deconv_conv(
             x,
             geometry,
             groups,
-            sampling_stride=sampling_stride(
-                spec, x.shape, geometry, groups, devices=reduction.devices()
-            ),
-            centred=spec.sampling.centred,
+            **sampling(spec, x.shape, geometry, groups, devices=reduction.devices()),
             mask=mask,
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,

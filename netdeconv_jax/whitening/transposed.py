@@ -10,7 +10,7 @@ import numpy as np
 
 from netdeconv_jax import ops
 from netdeconv_jax.ops.patch_moments import full_mask
-from netdeconv_jax.whitening.conv import conv_groups, sampling_stride
+from netdeconv_jax.whitening.conv import conv_groups, sampling
 from netdeconv_jax.whitening.layer import check_samples
 from netdeconv_jax.whitening.local_norm import locally_normalized
 from netdeconv_jax.whitening.running import LOCAL, Reduction, Running, statistics
@@ -80,13 +80,11 @@ def deconv_conv_transpose(
     stat_dtype = running.mean.dtype
 
     def moments_of(groups: ops.ColumnGroups, window: ops.Window, phase: tuple) -> ops.Moments:
-        stride = sampling_stride(spec, x.shape, window, groups, devices=reduction.devices())
         return ops.patch_moments(
             x,
             window,
             groups,
-            sampling_stride=stride,
-            centred=spec.sampling.centred,
+            **sampling(spec, x.shape, window, groups, devices=reduction.devices()),
             mask=mask,
             axis_name=reduction.axis_name,
             axis_index_groups=reduction.axis_index_groups,
