@@ -1,6 +1,7 @@
 """Moments of the patches of a convolution's input: the seam between patches and statistics.
 
-What a layer needs is the moments, never the patch matrix; whoever can get them cheaper replaces this.
+What a layer needs is the moments, never the patch matrix; whoever can get them cheaper replaces this. It is
+one file because every way of getting them must count the same samples.
 """
 
 import functools
