@@ -11,6 +11,7 @@ WHITENING = {
     "eps": float,
     "momentum": float,
     "sampling_stride": int,
+    "sampling_centred": bool,
     "whiten": str,
     "grouping": str,
     "shared_whitener": bool,

@@ -40,8 +40,8 @@ class WhiteningSpec:
     Attributes:
       root: `NewtonSchulz(num_iters)`, `Chebyshev(tol, num_iters)`, `ChebyshevRidge(ridge, tol)` or
         `Eigh(ridge)`.
-      sampling: `Stride(stride)` or `Budget(rows_per_dim, finer_below)`: which patches the statistics
-        see.
+      sampling: `Stride(stride, centred)` or `Budget(rows_per_dim, finer_below, centred)`: which patches the
+        statistics see.
       grouping: `Interleaved(block_size, shared)` or `Contiguous(block_size, shared)`. With `shared=False`
         every group has a mean and a whitener of its own.
       eps: float > 0, added to the diagonal of the covariance.
@@ -58,10 +58,10 @@ class WhiteningSpec:
         sums in float32 at least; see `ops.moments`, and with `one_pass` `ops.patch_moments`.
 
     The keywords `method`, `num_iters`, `precision` (of the root's products, and see `fold_precision`),
-    `sampling_stride`, `block_size`, `shared_whitener`, `freeze_schedule` and the names `"interleaved"`
-    and `"contiguous"` are shorthand for the strategies, here and in `replace`. More than five steps bear
-    no lower precision: where `num_iters` is raised above that, the root's is `"highest"` again unless
-    `precision` is given beside it.
+    `sampling_stride`, `sampling_centred`, `block_size`, `shared_whitener`, `freeze_schedule` and the names
+    `"interleaved"` and `"contiguous"` are shorthand for the strategies, here and in `replace`. More than
+    five steps bear no lower precision: where `num_iters` is raised above that, the root's is `"highest"`
+    again unless `precision` is given beside it.
 
     Raises:
       ValueError: a value out of range, or an unknown `method`, `precision`, `grouping`, `whiten`,
@@ -105,6 +105,7 @@ class WhiteningSpec:
         block_size: int | None = None,
         shared_whitener: bool | None = None,
         sampling_stride: int | None = None,
+        sampling_centred: bool | None = None,
         method: str | None = None,
         num_iters: int | None = None,
         precision: str | None = None,
@@ -207,8 +208,13 @@ def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     changes = {changes[name]: flat.pop(name) for name in tuple(flat) if name in changes}
     if changes:
         result["grouping"] = dataclasses.replace(result["grouping"], **changes)
-    if "sampling_stride" in flat:
-        result["sampling"] = Stride(flat.pop("sampling_stride"))
+    changes = {"sampling_stride": "stride", "sampling_centred": "centred"}
+    changes = {changes[name]: flat.pop(name) for name in tuple(flat) if name in changes}
+    if changes:
+        same = isinstance(result["sampling"], Stride) or "stride" not in changes
+        result["sampling"] = dataclasses.replace(
+            result["sampling"] if same else Stride(), **changes
+        )
     named = "method" in flat
     if named:
         result["root"] = _named_root(flat.pop("method"), result["root"])
@@ -228,7 +234,7 @@ def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
 _SHORTHANDS = {
     "root": ("method", "num_iters", "precision"),
-    "sampling": ("sampling_stride",),
+    "sampling": ("sampling_stride", "sampling_centred"),
     "grouping": ("block_size", "shared_whitener"),
     "freeze": ("freeze_schedule",),
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,6 +17,11 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(
             f"`{name}` must be a number, got {value!r}; a spec is static and holds no arrays."
         )
+
+
+def _check_centred(centred: bool) -> None:
+    if not isinstance(centred, bool):
+        raise TypeError(f"`sampling_centred` must be True or False, got {centred!r}.")
 
 
 class Root(Protocol):
@@ -166,19 +171,22 @@ class Eigh:
 class Stride:
     """Statistics from patches on a grid `stride` times as coarse as the convolution's.
 
-    Source: `sampling_stride` of the original code.
+    The grid begins in the corner, as the original's does, unless it is `centred` (`ops.patch_moments`).
+
+    Source: `sampling_stride` of the original code; `centred` is ours.
 
     Example:
       >>> from netdeconv_jax.whitening import Stride
       >>> Stride(5)
-      Stride(stride=5)
+      Stride(stride=5, centred=False)
     """
 
     stride: int = 3
-    centred: ClassVar[bool] = False  # as the original's
+    centred: bool = False
 
     def __post_init__(self):
         grouping_ops.check_count("sampling_stride", self.stride)
+        _check_centred(self.centred)
 
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
         """Return the stride: always the same."""
@@ -194,8 +202,8 @@ class Budget:
     dimensions in late ones. A grid finer than `Stride()` is taken only as far as `finer_below` asks for: on
     maps of a few pixels, where each channel has a whitener, it would cost more than all else.
 
-    The grid is centred (`ops.patch_moments`): one that is coarse and begins in the corner sees mostly the
-    border of a map.
+    The grid is `centred` (`ops.patch_moments`) unless that is False: one that is coarse and begins in the
+    corner sees mostly the border of a map.
 
     Source: ours.
 
@@ -207,11 +215,12 @@ class Budget:
 
     rows_per_dim: int = 16
     finer_below: int = 8
-    centred: ClassVar[bool] = True
+    centred: bool = True
 
     def __post_init__(self):
         grouping_ops.check_count("rows_per_dim", self.rows_per_dim)
         grouping_ops.check_count("finer_below", self.finer_below)
+        _check_centred(self.centred)
 
     def choose(self, rows_at: Callable[[int], int], width: int, largest: int) -> int:
         """Return the stride, at most `largest` and at least 1, of the coarsest grid with rows enough.

@@ -32,7 +32,14 @@ CONDITIONS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "detached16": ("no gradient, blocks of 16", {"through_root": False, "block_size": 16}),
     "stride1": ("every patch", {"sampling_stride": 1}),
     "stride5": ("every fifth patch along each axis", {"sampling_stride": 5}),
+    "centred": ("every third patch, from the middle of a map", {"sampling_centred": True}),
+    "centred_iterations3": (
+        "3 iterations, patches from the middle of a map",
+        {"num_iters": 3, "sampling_centred": True},
+    ),
     "fast": ("`WhiteningSpec.fast()`", {"preset": "fast"}),
+    "fast32": ("`WhiteningSpec.fast()`, blocks of 32", {"preset": "fast", "block_size": 32}),
+    "fast64": ("`WhiteningSpec.fast()`, blocks of 64", {"preset": "fast", "block_size": 64}),
     "fast_iterated": (
         "`WhiteningSpec.fast()`, the iteration itself",
         {"preset": "fast", "method": "newton_schulz"},
