@@ -405,6 +405,12 @@ def test_a_spec_is_frozen_hashable_and_flat_keywords_are_shorthand():
     assert spec.replace(method="eigh").replace(method="newton_schulz", num_iters=2).root == (
         NewtonSchulz(2)
     )
+    centred = spec.replace(sampling_centred=True)
+    assert centred == WhiteningSpec(sampling=Stride(3, centred=True))
+    assert centred.replace(sampling_stride=2).sampling == Stride(2, centred=True)
+    fast = WhiteningSpec.fast()
+    assert fast.replace(sampling_centred=False).sampling == Budget(centred=False)
+    assert fast.replace(sampling_stride=2).sampling == Stride(2)
     with pytest.raises(AttributeError):
         spec.eps = 1.0  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -604,6 +610,21 @@ def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough(rows_per_dim, fine
         x, ops.window((3, 3)), groups, sampling_stride=stride, centred=True
     )
     layer = DeconvConv(4, (3, 3), spec=spec, momentum=0.0)
+    _, updated = train(layer, start(layer, x), x)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], expected.mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", [Stride(3), Stride(3, centred=True)])
+def test_a_stride_begins_where_it_says(sampling):
+    x = normal((8, 24, 24, 4))
+    expected = ops.patch_moments(
+        x,
+        ops.window((3, 3)),
+        ops.column_groups(4, 9, 64),
+        sampling_stride=sampling.stride,
+        centred=sampling.centred,
+    )
+    layer = DeconvConv(4, (3, 3), spec=WhiteningSpec(sampling=sampling), momentum=0.0)
     _, updated = train(layer, start(layer, x), x)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], expected.mean, rtol=0, atol=1e-6)
 

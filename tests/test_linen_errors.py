@@ -152,6 +152,12 @@ def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():
         WhiteningSpec().replace(blocksize=3)
     with pytest.raises(TypeError, match=r"`sampling` must be `Stride\(...\)` .* got 3"):
         spec(sampling=3)
+    with pytest.raises(TypeError, match=r"`sampling_centred` must be True or False, got 1"):
+        spec(sampling_centred=1)
+    with pytest.raises(
+        ValueError, match="`sampling_centred` is shorthand for a part of `sampling`"
+    ):
+        spec(sampling=Budget(), sampling_centred=False)
     with pytest.raises(TypeError, match=r"`root` must be .* got 'eigh'"):
         spec(root="eigh")
 

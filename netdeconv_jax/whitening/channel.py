@@ -79,7 +79,7 @@ def channel_deconv(
       x: [batch, *spatial, channels].
       running: statistics so far.
       block: channels per group, 1 <= block <= channels.
-      spec: root, sampling, sample_dtype, eps and momentum are used; grouping is as above.
+      spec: root, sampling, sample_dtype, eps and momentum are used; grouping is as above, no grid is centred.
       use_running_average, update_whitener, reduction, dtype: as `deconv_conv`. The count of steps is that
         of batches in the averages, and stays where these do.
       moments: of the whitened channels and of the rest, in place of the batch's.
