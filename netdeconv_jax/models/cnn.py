@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 
@@ -28,5 +29,5 @@ class CNN(Network):
         units = self.units(x, train, update_whitener)
         for i, (features, strides) in enumerate(zip(FEATURES, STRIDES, strict=True), 1):
             x = units.conv(self.scaled(features), 3, strides, name=f"conv{i}")(x)
-            x = nn.relu(units.norm(name=f"bn{i}")(x))
+            x = ops.relu(units.norm(name=f"bn{i}")(x))
         return units.classifier(self.num_classes, block_size=512, name="linear")(global_average(x))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.initializers import FAN_IN, Initializers, LayerInit, zero_bias
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import AvgPool, MaxPool, global_average
@@ -32,8 +33,8 @@ class DenseLayer(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the new features of x [batch, height, width, channels]."""
         conv, norm = self.units.conv, self.units.norm
-        y = conv(4 * self.growth, 1, name="conv1")(nn.relu(norm(name="bn1")(x)))
-        return conv(self.growth, 3, name="conv2")(nn.relu(norm(name="bn2")(y)))
+        y = conv(4 * self.growth, 1, name="conv1")(ops.relu(norm(name="bn1")(x)))
+        return conv(self.growth, 3, name="conv2")(ops.relu(norm(name="bn2")(y)))
 
 
 class Transition(nn.Module):
@@ -48,7 +49,7 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to half of everything but the batch."""
-        y = nn.relu(self.units.norm(name="bn")(x))
+        y = ops.relu(self.units.norm(name="bn")(x))
         y = self.units.conv(x.shape[-1] // 2, 1, name="conv")(y)
         return AvgPool(2, name="pool")(y)
 
@@ -66,7 +67,7 @@ def dense_stages(
             x = jnp.concatenate([new, x] if newest_first else [x, new], axis=-1)
         if stage < len(DEPTHS):
             x = Transition(units, name=f"trans{stage}")(x)
-    return global_average(nn.relu(units.norm(name="bn")(x)))
+    return global_average(ops.relu(units.norm(name="bn")(x)))
 
 
 class DenseNet(Network):
@@ -106,7 +107,7 @@ class ImageNetDenseNet(Network):
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(2 * GROWTH), 7, 2, name="conv1", **IMAGENET_STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         x = MaxPool(3, 2, padding=1, name="pool")(x)
         x = dense_stages(self, units, x, newest_first=False)
         return units.classifier(self.num_classes, name="classifier")(x)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.units import Units, Whitening
@@ -46,15 +47,15 @@ class DualPathBlock(nn.Module):
         """Map [batch, height, width, channels] to `dense` features more, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
         features = self.residual + self.dense
-        y = nn.relu(norm(name="bn1")(conv(self.inner, 1, name="conv1")(x)))
+        y = ops.relu(norm(name="bn1")(conv(self.inner, 1, name="conv1")(x)))
         y = conv(self.inner, 3, self.strides, groups=self.groups, name="conv2")(y)
-        y = nn.relu(norm(name="bn2")(y))
+        y = ops.relu(norm(name="bn2")(y))
         y = norm(name="bn3")(conv(features, 1, name="conv3")(y))
         if self.projects:
             x = norm(name="shortcut_bn")(conv(features, 1, self.strides, name="shortcut")(x))
         x, old = jnp.split(x, [self.residual], axis=-1)
         y, new = jnp.split(y, [self.residual], axis=-1)
-        return nn.relu(jnp.concatenate([x + y, old, new], axis=-1))
+        return ops.relu(jnp.concatenate([x + y, old, new], axis=-1))
 
 
 class DPN(Network):
@@ -70,7 +71,7 @@ class DPN(Network):
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 3, name="conv1", **STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         groups = self.scaled(GROUPS)
         for stage, (inner, residual, dense, count, strides) in enumerate(STAGES, 1):
             for i in range(count):

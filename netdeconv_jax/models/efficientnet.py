@@ -3,6 +3,7 @@
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.senet import gates
@@ -42,9 +43,9 @@ class MBConv(nn.Module):
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
         wide = self.expansion * x.shape[-1]
-        y = nn.relu(norm(name="bn1")(conv(wide, 1, name="conv1")(x)))
+        y = ops.relu(norm(name="bn1")(conv(wide, 1, name="conv1")(x)))
         y = conv(wide, 3, self.strides, groups=wide, name="conv2")(y)
-        y = nn.relu(norm(name="bn2")(y))
+        y = ops.relu(norm(name="bn2")(y))
         y = norm(name="bn3")(conv(self.features, 1, name="conv3")(y))
         if self.strides != 1:
             x = y  # the original adds the ungated features where the size changes; the paper nothing
@@ -69,7 +70,7 @@ class EfficientNet(Network):
         units = self.units(x, train, update_whitener)
         inner = units.in_original(deconv="batch", channel="batch")
         x = units.conv(self.scaled(32), 3, name="conv1", **STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         number = 0
         for expansion, features, count, strides in STAGES:
             for i in range(count):

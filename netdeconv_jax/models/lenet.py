@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import MaxPool, channels_first
 
@@ -27,8 +28,8 @@ class LeNet(Network):
         units = self.units(x, train, update_whitener)
         for i, features in enumerate((6, 16), 1):
             x = units.conv(self.scaled(features), 5, name=f"conv{i}")(x)
-            x = MaxPool(2, name=f"pool{i}")(nn.relu(units.norm(name=f"bn{i}")(x)))
+            x = MaxPool(2, name=f"pool{i}")(ops.relu(units.norm(name=f"bn{i}")(x)))
         x = channels_first(x)
         for i, features in enumerate((120, 84), 1):
-            x = nn.relu(units.dense(self.scaled(features), block_size=512, name=f"fc{i}")(x))
+            x = ops.relu(units.dense(self.scaled(features), block_size=512, name=f"fc{i}")(x))
         return units.classifier(self.num_classes, block_size=512, name="fc3")(x)

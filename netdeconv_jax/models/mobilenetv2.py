@@ -3,6 +3,7 @@
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.units import Units, Whitening
@@ -45,9 +46,9 @@ class InvertedResidual(nn.Module):
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
         wide = self.expansion * x.shape[-1]
-        y = nn.relu(norm(name="bn1")(conv(wide, 1, name="conv1")(x)))
+        y = ops.relu(norm(name="bn1")(conv(wide, 1, name="conv1")(x)))
         depthwise = conv(wide, 3, self.strides, groups=wide, name="conv2", **DEPTHWISE)
-        y = nn.relu(norm(name="bn2")(depthwise(y)))
+        y = ops.relu(norm(name="bn2")(depthwise(y)))
         projection: Whitening = PROJECTION | {"block_size": x.shape[-1]}
         y = norm(name="bn3")(conv(self.features, 1, name="conv3", **projection)(y))
         if self.strides != 1:
@@ -70,7 +71,7 @@ class MobileNetV2(Network):
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(32), 3, name="conv1", **STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         number = 0
         for expansion, features, count, strides in STAGES:
             for i in range(count):
@@ -82,5 +83,5 @@ class MobileNetV2(Network):
                     name=f"layers_{number}",
                 )(x)
                 number += 1
-        x = nn.relu(units.norm(name="bn2")(units.conv(self.scaled(1280), 1, name="conv2")(x)))
+        x = ops.relu(units.norm(name="bn2")(units.conv(self.scaled(1280), 1, name="conv2")(x)))
         return units.classifier(self.num_classes, block_size=512, name="linear")(global_average(x))

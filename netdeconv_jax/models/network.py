@@ -46,12 +46,13 @@ class Network(nn.Module):
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen as nn
+      >>> from netdeconv_jax import ops
       >>> from netdeconv_jax.models import Network
       >>> class Tiny(Network):
       ...     @nn.compact
       ...     def __call__(self, x, train=False, update_whitener=True):
       ...         units = self.units(x, train, update_whitener)
-      ...         x = nn.relu(units.norm()(units.conv(self.scaled(8), 3)(x)))
+      ...         x = ops.relu(units.norm()(units.conv(self.scaled(8), 3)(x)))
       ...         return units.classifier(self.num_classes)(x.mean((1, 2)))
       >>> x = jnp.ones((2, 8, 8, 3))
       >>> [Tiny(norm=norm).init_with_output(jax.random.key(0), x)[0].shape for norm in ("batch", "deconv")]

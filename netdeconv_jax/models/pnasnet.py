@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import MaxPool, global_average
 from netdeconv_jax.models.units import Units, Whitening
@@ -54,7 +55,7 @@ class CellA(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         y = SepConv(self.units, self.features, 7, self.strides, name="sep_conv1")(x)
-        return nn.relu(y + projected_maximum(self, x))
+        return ops.relu(y + projected_maximum(self, x))
 
 
 class CellB(nn.Module):
@@ -73,11 +74,11 @@ class CellB(nn.Module):
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         units, features, strides = self.units, self.features, self.strides
         left = SepConv(units, features, 7, strides, name="sep_conv1")(x)
-        left = nn.relu(left + SepConv(units, features, 3, strides, name="sep_conv2")(x))
+        left = ops.relu(left + SepConv(units, features, 3, strides, name="sep_conv2")(x))
         right = projected_maximum(self, x)
-        right = nn.relu(right + SepConv(units, features, 5, strides, name="sep_conv3")(x))
+        right = ops.relu(right + SepConv(units, features, 5, strides, name="sep_conv3")(x))
         y = units.conv(features, 1, name="conv2")(jnp.concatenate([left, right], axis=-1))
-        return nn.relu(units.norm(name="bn2")(y))
+        return ops.relu(units.norm(name="bn2")(y))
 
 
 def projected_maximum(cell: CellA | CellB, x: jax.Array) -> jax.Array:
@@ -109,7 +110,7 @@ class PNASNet(Network):
         units = self.units(x, train, update_whitener)
         features = self.scaled(self.features)
         x = units.conv(features, 3, name="conv1", **STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         for stage in range(1, 6):
             if stage % 2:
                 for i in range(CELLS):

@@ -3,6 +3,7 @@
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.units import Units, Whitening
@@ -29,11 +30,11 @@ class PreActBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
-        y = nn.relu(norm(name="bn1")(x))
+        y = ops.relu(norm(name="bn1")(x))
         if self.strides != 1 or x.shape[-1] != self.features:
             x = conv(self.features, 1, self.strides, name="shortcut")(y)
         y = conv(self.features, 3, self.strides, name="conv1")(y)
-        y = conv(self.features, 3, name="conv2")(nn.relu(norm(name="bn2")(y)))
+        y = conv(self.features, 3, name="conv2")(ops.relu(norm(name="bn2")(y)))
         return y + x
 
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.initializers import FAN_OUT, Initializers, LayerInit
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import MaxPool, global_average
@@ -34,9 +35,9 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
-        y = nn.relu(norm(name="bn1")(conv(self.features, 3, self.strides, name="conv1")(x)))
+        y = ops.relu(norm(name="bn1")(conv(self.features, 3, self.strides, name="conv1")(x)))
         y = norm(name="bn2")(conv(self.features, 3, name="conv2")(y))
-        return nn.relu(y + shortcut(self, x, self.features))
+        return ops.relu(y + shortcut(self, x, self.features))
 
 
 class Bottleneck(nn.Module):
@@ -55,10 +56,10 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to `4 * features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
-        y = nn.relu(norm(name="bn1")(conv(self.features, 1, name="conv1")(x)))
-        y = nn.relu(norm(name="bn2")(conv(self.features, 3, self.strides, name="conv2")(y)))
+        y = ops.relu(norm(name="bn1")(conv(self.features, 1, name="conv1")(x)))
+        y = ops.relu(norm(name="bn2")(conv(self.features, 3, self.strides, name="conv2")(y)))
         y = norm(name="bn3")(conv(4 * self.features, 1, name="conv3")(y))
-        return nn.relu(y + shortcut(self, x, 4 * self.features))
+        return ops.relu(y + shortcut(self, x, 4 * self.features))
 
 
 def shortcut(block: BasicBlock | Bottleneck, x: jax.Array, features: int) -> jax.Array:
@@ -94,7 +95,7 @@ class ResNet(Network):
     ) -> jax.Array:
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
-        x = nn.relu(units.norm(name="bn1")(units.conv(self.scaled(64), 3, name="conv1")(x)))
+        x = ops.relu(units.norm(name="bn1")(units.conv(self.scaled(64), 3, name="conv1")(x)))
         x = stages(self, units, x, keeps_norm=())
         return units.classifier(self.num_classes, block_size=512, name="linear")(global_average(x))
 
@@ -124,7 +125,7 @@ class ImageNetResNet(Network):
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 7, 2, name="conv1", **IMAGENET_STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         x = MaxPool(3, 2, padding=1, name="maxpool")(x)
         x = stages(self, units, x, keeps_norm=("deconv", "channel"))
         return units.classifier(self.num_classes, name="fc")(global_average(x))

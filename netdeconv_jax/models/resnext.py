@@ -3,6 +3,7 @@
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.units import Units, Whitening
@@ -35,14 +36,14 @@ class ResNeXtBlock(nn.Module):
         """Map [batch, height, width, channels] to `2 * features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
         features = self.features
-        y = nn.relu(norm(name="bn1")(conv(features, 1, name="conv1")(x)))
+        y = ops.relu(norm(name="bn1")(conv(features, 1, name="conv1")(x)))
         grouped = conv(features, 3, self.strides, groups=self.groups, name="conv2", **GROUPED)
-        y = nn.relu(norm(name="bn2")(grouped(y)))
+        y = ops.relu(norm(name="bn2")(grouped(y)))
         y = norm(name="bn3")(conv(2 * features, 1, name="conv3")(y))
         if x.shape != y.shape:
             x = conv(2 * features, 1, self.strides, name="shortcut")(x)
             x = norm(name="shortcut_bn")(x)
-        return nn.relu(y + x)
+        return ops.relu(y + x)
 
 
 class ResNeXt(Network):
@@ -58,7 +59,7 @@ class ResNeXt(Network):
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 1, name="conv1", **STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         groups = self.scaled(GROUPS)
         for stage, (features, strides) in enumerate(STAGES, 1):
             for i in range(BLOCKS):

@@ -3,6 +3,7 @@
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import global_average
 from netdeconv_jax.models.units import Units, Whitening
@@ -30,11 +31,11 @@ class SEPreActBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [batch, height, width, channels] to `features`, at 1 / `strides` of the size."""
         conv, norm = self.units.conv, self.units.norm
-        y = nn.relu(norm(name="bn1")(x))
+        y = ops.relu(norm(name="bn1")(x))
         if self.strides != 1 or x.shape[-1] != self.features:
             x = conv(self.features, 1, self.strides, name="shortcut")(y)
         y = conv(self.features, 3, self.strides, name="conv1")(y)
-        y = conv(self.features, 3, name="conv2")(nn.relu(norm(name="bn2")(y)))
+        y = conv(self.features, 3, name="conv2")(ops.relu(norm(name="bn2")(y)))
         return y * gates(self.units, y) + x
 
 
@@ -48,7 +49,7 @@ def gates(units: Units, x: jax.Array) -> jax.Array:
     # One pixel an image: a sampling stride would leave fewer samples than there are channels.
     every = units.in_full(sampling_stride=1)
     y = units.conv(max(1, channels // REDUCTION), 1, use_bias=True, name="fc1", **every)(y)
-    return nn.sigmoid(units.conv(channels, 1, use_bias=True, name="fc2", **every)(nn.relu(y)))
+    return nn.sigmoid(units.conv(channels, 1, use_bias=True, name="fc2", **every)(ops.relu(y)))
 
 
 class SENet(Network):
@@ -64,7 +65,7 @@ class SENet(Network):
         """Return the logits of x [batch, height, width, channels]."""
         units = self.units(x, train, update_whitener)
         x = units.conv(self.scaled(64), 3, name="conv1", **STEM)(x)
-        x = nn.relu(units.norm(name="bn1")(x))
+        x = ops.relu(units.norm(name="bn1")(x))
         for stage, (features, strides) in enumerate(STAGES, 1):
             for i in range(2):
                 block_strides = strides if i == 0 else 1

@@ -56,13 +56,13 @@ class Units:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen as nn
-      >>> from netdeconv_jax import WhiteningSpec
+      >>> from netdeconv_jax import WhiteningSpec, ops
       >>> from netdeconv_jax.models import Units
       >>> class Block(nn.Module):
       ...     units: Units
       ...     @nn.compact
       ...     def __call__(self, x):
-      ...         return nn.relu(self.units.norm()(self.units.conv(8, 3)(x)))
+      ...         return ops.relu(self.units.norm()(self.units.conv(8, 3)(x)))
       >>> block = Block(Units("batch", WhiteningSpec()))
       >>> sorted(block.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"])
       ['BatchNorm_0', 'Conv_0']

@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
+from netdeconv_jax import ops
 from netdeconv_jax.models.initializers import FAN_OUT, Initializers, LayerInit, zero_bias
 from netdeconv_jax.models.network import Network
 from netdeconv_jax.models.pooling import (
@@ -35,7 +36,7 @@ def convolutions(net: "VGG | ImageNetVGG", units: Units, x: jax.Array) -> jax.Ar
             stem = STEM if number == 1 else {}
             # The original gives its convolutions a bias even before a batch norm.
             conv = units.conv(net.scaled(features), 3, use_bias=True, name=f"conv{number}", **stem)
-            x = nn.relu(units.norm(name=f"bn{number}")(conv(x)))
+            x = ops.relu(units.norm(name=f"bn{number}")(conv(x)))
         x = MaxPool(2, name=f"pool{stage}")(x)
     return x
 
@@ -91,6 +92,6 @@ class ImageNetVGG(Network):
         units = self.units(x, train, update_whitener).in_original(batch="none")
         x = channels_first(adaptive_average(convolutions(self, units, x), 7))
         for name in ("fc1", "fc2"):
-            x = nn.relu(units.dense(self.scaled(4096), name=name)(x))
+            x = ops.relu(units.dense(self.scaled(4096), name=name)(x))
             x = nn.Dropout(0.5, deterministic=not train)(x)
         return units.classifier(self.num_classes, name="fc3")(x)

@@ -9,6 +9,7 @@ from netdeconv_jax.ops.moments import Moments, moments
 from netdeconv_jax.ops.patch_moments import patch_moments, sampled_rows
 from netdeconv_jax.ops.patches import Padding, Window, extract_patches, window
 from netdeconv_jax.ops.polynomial import chebyshev, chebyshev_ridge
+from netdeconv_jax.ops.relu import relu
 from netdeconv_jax.ops.roots import eigh, newton_schulz
 from netdeconv_jax.ops.sampling import every_nth
 from netdeconv_jax.ops.transposed import Transposed, transposed
@@ -33,6 +34,7 @@ __all__ = [
     "moments",
     "newton_schulz",
     "patch_moments",
+    "relu",
     "sampled_rows",
     "transposed",
     "window",
