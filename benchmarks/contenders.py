@@ -215,19 +215,22 @@ class Step:
         return seconds[0] / times, seconds[1] / times
 
     def resources(self) -> dict[str, float]:
-        """Return bytes and flops as the compiler reckons them; `peak` is arguments, results and all else."""
-        memory, cost = self.compiled.memory_analysis(), self.compiled.cost_analysis() or {}
-        sizes = {
-            kind: getattr(memory, f"{kind}_size_in_bytes")
-            for kind in ("argument", "output", "alias", "temp")
-        }
-        peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
+        """Return bytes and flops as the compiler reckons them."""
+        cost = self.compiled.cost_analysis() or {}
         return {
-            "peak_bytes": peak,
-            **{f"{kind}_bytes": size for kind, size in sizes.items()},
+            **memory(self.compiled),
             "flops": cost.get("flops", 0.0),
             "bytes_accessed": cost.get("bytes accessed", 0.0),
         }
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Return the bytes of a program as the compiler reckons them; `peak` is all that it holds."""
+    found = compiled.memory_analysis()
+    kinds = ("argument", "output", "alias", "temp")
+    sizes = {kind: getattr(found, f"{kind}_size_in_bytes") for kind in kinds}
+    peak = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
+    return {"peak_bytes": peak, **{f"{kind}_bytes": size for kind, size in sizes.items()}}
 
 
 def _dropout() -> dict[str, jax.Array]:

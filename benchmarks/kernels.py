@@ -1,4 +1,4 @@
-"""How many kernels a training step is on a GPU, and what it takes to compile, without a GPU.
+"""How many kernels a training step is on a GPU, its memory and what it takes to compile, without a GPU.
 
   pip install "jax[cuda13]" flax optax    # or cuda12
   python -m benchmarks.kernels --network=resnet18 --batch=128 --size=32 --dtype=bfloat16 \
@@ -94,6 +94,7 @@ def main(argv: list[str]) -> None:
         parts = ", ".join(f"{part} {n}" for part, n in found["parts"].items())
         print(
             f"{contender.text}: {found['kernels']} kernels ({parts}), {found['products']} products, "
+            f"peak memory {found['peak_bytes'] / 2**20:,.0f} MiB, "
             f"compiled in {found['compile_seconds']:.1f} s",
             flush=True,
         )
@@ -136,7 +137,7 @@ def count(
         "products": products,
         "parts": dict(parts.most_common()),
         "kinds": dict(kinds.most_common()),
-        "temp_bytes": getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
+        **contenders.memory(compiled),
         "trace_seconds": traced - start,
         "compile_seconds": done - traced,
     }
