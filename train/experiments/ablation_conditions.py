@@ -82,6 +82,7 @@ LONG = (
     "batch",
     "full",
     "fast",
+    "fast64",
     "fast_iterated",
     "fast_every4_later",
     "iterations3",
