@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 from sklearn.datasets import load_digits
 
-from netdeconv_jax import DeconvConv, DeconvDense
+from netdeconv_jax import DeconvConv, DeconvDense, ops
 
 EPOCHS, BATCH, LEARNING_RATE = 3, 32, 0.05
 
@@ -27,8 +27,8 @@ class Net(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Return logits of x [batch, 8, 8, 1]."""
         conv = partial(DeconvConv, kernel_size=(3, 3), block_size=16, use_running_average=not train)
-        x = nn.relu(conv(16, sampling_stride=1)(x))  # 1: on maps this small, see every patch
-        x = nn.relu(conv(32, strides=2, sampling_stride=1)(x))
+        x = ops.relu(conv(16, sampling_stride=1)(x))  # 1: on maps this small, see every patch
+        x = ops.relu(conv(32, strides=2, sampling_stride=1)(x))
         return DeconvDense(10, use_running_average=not train)(x.mean((1, 2)))
 
 

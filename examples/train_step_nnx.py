@@ -16,6 +16,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from netdeconv_jax import nnx as dnnx
+from netdeconv_jax import ops
 
 EPOCHS, BATCH, LEARNING_RATE = 3, 32, 0.05
 
@@ -34,7 +35,7 @@ class Net(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits of x [batch, 8, 8, 1]."""
-        x = nnx.relu(self.conv2(nnx.relu(self.conv1(x))))
+        x = ops.relu(self.conv2(ops.relu(self.conv1(x))))
         return self.head(x.mean((1, 2)))
 
 
