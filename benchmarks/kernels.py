@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import contenders
-from netdeconv_jax import models
+from netdeconv_jax import models, ops
 from train import metrics
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--contenders", type=contenders.parse, default="batch,deconv:fast,none")
     parser.add_argument("--name", help="of the result; default: from network and sizes")
+    parser.add_argument("--jax_relu", action="store_true", help="what `ops.relu` saves: without it")
     options = parser.parse_args(argv)
+    if options.jax_relu:
+        ops.relu = jax.nn.relu
     options.size = options.size or models.list()[options.network].size
     name = (
         options.name or f"{options.network}_batch{options.batch}_{options.size}px_{options.dtype}"

@@ -410,7 +410,7 @@ def test_a_spec_is_frozen_hashable_and_flat_keywords_are_shorthand():
     assert centred.replace(sampling_stride=2).sampling == Stride(2, centred=True)
     fast = WhiteningSpec.fast()
     assert fast.replace(sampling_centred=False).sampling == Budget(centred=False)
-    assert fast.replace(sampling_stride=2).sampling == Stride(2)
+    assert fast.replace(sampling_stride=2).sampling == Stride(2, centred=True)
     with pytest.raises(AttributeError):
         spec.eps = 1.0  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -614,14 +614,23 @@ def test_a_budget_takes_the_coarsest_grid_that_is_fine_enough(rows_per_dim, fine
     np.testing.assert_allclose(updated["batch_stats"]["mean"], expected.mean, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampling", [Stride(3), Stride(3, centred=True)])
-def test_a_stride_begins_where_it_says(sampling):
+@pytest.mark.parametrize(
+    ("sampling", "stride"),
+    [
+        (Stride(3), 3),
+        (Stride(3, centred=True), 3),
+        # 72 samples at least, nine of each image: so have strides 8 to 11 from the corner, 7 to 9 centred.
+        (Budget(2, centred=False), 9),
+        (Budget(2), 8),
+    ],
+)
+def test_a_grid_begins_where_its_sampling_says(sampling, stride):
     x = normal((8, 24, 24, 4))
     expected = ops.patch_moments(
         x,
         ops.window((3, 3)),
         ops.column_groups(4, 9, 64),
-        sampling_stride=sampling.stride,
+        sampling_stride=stride,
         centred=sampling.centred,
     )
     layer = DeconvConv(4, (3, 3), spec=WhiteningSpec(sampling=sampling), momentum=0.0)

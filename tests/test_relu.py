@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from netdeconv_jax import ops
 
@@ -40,6 +41,21 @@ def test_integers_and_plain_numbers_are_rectified():
     assert ops.relu(-2.0) == 0  # pyright: ignore[reportArgumentType]
 
 
+def test_gradients_are_right_to_second_order():
+    for dtype in ("float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            x = jnp.array([-2.0, -0.5, 0.7, 3.0], dtype)
+            check_grads(lambda x: ops.relu(x) ** 3, (x,), order=2, modes=("fwd", "rev"))
+
+
+def test_the_derivative_reads_the_output():
+    ones = jnp.ones(3)
+    program = jax.make_jaxpr(lambda x, t: jax.vjp(ops.relu, x)[1](t))(ones, ones).jaxpr
+    (rectified,) = (eqn for eqn in program.eqns if program.invars[0] in eqn.invars)
+    (sign,) = (eqn for eqn in program.eqns if eqn.primitive.name == "sign")
+    assert sign.invars == rectified.outvars
+
+
 def test_the_compiler_does_not_go_back_to_the_input():
     # As it does where the output is compared with 0, whose sign is gone then.
     def step(x, cotangent):
@@ -49,3 +65,9 @@ def test_the_compiler_does_not_go_back_to_the_input():
     x = jnp.ones(8)
     program = jax.jit(step).lower(x, x).compile().as_text() or ""
     assert "sign(" in program
+
+
+@pytest.mark.parametrize("x", [jnp.array([True]), jnp.array([1j])])
+def test_what_has_no_half_axis_is_refused(x):
+    with pytest.raises(TypeError, match=f"`x` must be floating point or integers, got {x.dtype}"):
+        ops.relu(x)

@@ -10,14 +10,16 @@ from netdeconv_jax.ops.arguments import as_array
 def relu(x: jax.Array) -> jax.Array:
     """Return `max(x, 0)`: `jax.nn.relu`, value and derivatives, in less memory where gradients are taken.
 
-    The derivative is 1 where the output is above 0, else 0. `jax.nn.relu` reads that from its input, and so a
-    convolution's output is kept for the backward pass beside the rectified one, which the next layer keeps
-    anyway. Batch norm in between has to keep it; behind a whitened convolution it is the only use.
+    The derivative is 1 where the output is above 0, else 0. `jax.nn.relu` reads that from its input, and so
+    a GPU keeps a convolution's output for the backward pass beside the rectified one, which the next layer
+    keeps anyway. Batch norm in between has to keep it; behind a whitened convolution it is the only use.
 
     Args:
       x: of any shape; floating point or integers.
     Returns:
       An array of the shape and dtype of `x`.
+    Raises:
+      TypeError: `x` is neither floating point nor of integers.
 
     Source: ours; `jax.nn.relu` for what it computes.
 
@@ -29,13 +31,15 @@ def relu(x: jax.Array) -> jax.Array:
       >>> ops.relu(x).tolist(), jax.vmap(jax.grad(ops.relu))(x).tolist()
       ([0.0, 0.0, 2.0], [0.0, 0.0, 1.0])
     """
-    return _relu(as_array(x))
+    x = as_array(x)
+    if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"`x` must be floating point or integers, got {x.dtype}.")
+    return _relu(x)
 
 
 @jax.custom_jvp
-@jax.jit
 def _relu(x: jax.Array) -> jax.Array:
-    return jnp.maximum(x, 0)
+    return jax.nn.relu(x)  # by this name exporters know it
 
 
 def _slope(tangent: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:

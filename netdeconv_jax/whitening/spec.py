@@ -61,7 +61,7 @@ class WhiteningSpec:
     `sampling_stride`, `sampling_centred`, `block_size`, `shared_whitener`, `freeze_schedule` and the names
     `"interleaved"` and `"contiguous"` are shorthand for the strategies, here and in `replace`. More than
     five steps bear no lower precision: where `num_iters` is raised above that, the root's is `"highest"`
-    again unless `precision` is given beside it.
+    again unless `precision` is given beside it. A new `sampling_stride` begins where the old grid did.
 
     Raises:
       ValueError: a value out of range, or an unknown `method`, `precision`, `grouping`, `whiten`,
@@ -211,10 +211,10 @@ def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     changes = {"sampling_stride": "stride", "sampling_centred": "centred"}
     changes = {changes[name]: flat.pop(name) for name in tuple(flat) if name in changes}
     if changes:
-        same = isinstance(result["sampling"], Stride) or "stride" not in changes
-        result["sampling"] = dataclasses.replace(
-            result["sampling"] if same else Stride(), **changes
-        )
+        sampling = result["sampling"]
+        if "stride" in changes and not isinstance(sampling, Stride):
+            sampling = Stride(centred=sampling.centred)
+        result["sampling"] = dataclasses.replace(sampling, **changes)
     named = "method" in flat
     if named:
         result["root"] = _named_root(flat.pop("method"), result["root"])
