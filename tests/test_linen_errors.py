@@ -165,7 +165,7 @@ def test_a_spec_refuses_unknown_settings_and_things_that_are_no_strategies():
 def test_a_budget_is_counted_in_whole_samples():
     for name in ("rows_per_dim", "finer_below"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
-            Budget(**{name: 0})
+            Budget(**{name: 0})  # pyright: ignore[reportArgumentType]
         with pytest.raises(TypeError, match=f"`{name}` must be an int, got 2.5"):
             Budget(**{name: 2.5})  # pyright: ignore
 
