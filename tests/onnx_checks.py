@@ -16,7 +16,7 @@ from flax import nnx
 from reference_models import images, read, state_dict
 from safetensors.numpy import save_file
 
-from netdeconv_jax import DeconvConv, DeconvConvTranspose, WhiteningSpec, models
+from netdeconv_jax import DeconvConv, DeconvConvTranspose, WhiteningSpec, models, ops
 from netdeconv_jax import nnx as dnnx
 from netdeconv_jax.interop import export_onnx, fold, load_torch_checkpoint, save_weights
 from netdeconv_jax.interop.export import main
@@ -140,7 +140,7 @@ def test_a_network_that_is_not_folded_runs_too():
 def test_an_nnx_module_runs_too():
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(
-        dnnx.DeconvConv(3, 4, (3, 3), rngs=rngs), nnx.relu, dnnx.DeconvConv(4, 2, (1, 1), rngs=rngs)
+        dnnx.DeconvConv(3, 4, (3, 3), rngs=rngs), ops.relu, dnnx.DeconvConv(4, 2, (1, 1), rngs=rngs)
     )
     x = normal(3, 6, 5, 3)
     model(x)
