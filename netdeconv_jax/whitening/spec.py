@@ -134,7 +134,7 @@ class WhiteningSpec:
 
         The root is that of three iterations to 6e-3, in 2 products in the place of the default's 12. Stems of
         `models` that ask for ten iterations or more run them, as by default.
-        ResNet-18 on CIFAR-10: of width 16, after 2 epochs, 75.7% with it, 76.8 with `block_size=64` beside it,
+        ResNet-18 on CIFAR-10: of width 16, after 2 epochs, 75.7% with it, 76.8 with `block_size=64` beside,
         and 67.1% with the default, means of three seeds. Of full width, in bfloat16, after 20 epochs, 93.4%
         and 94.2%, batch norm 92.4%, one seed each, and before its samples were centred, which made 74.4 75.7.
         """
