@@ -825,7 +825,8 @@ def test_notes_of_records_are_on_the_page_and_seeds_beyond_the_plan_are_counted_
     path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "Run by hand."}))
     text = page(tmp_path, tmp_path)
     assert "- `full`: Run by hand." in text
-    assert "2 of 93 runs and 1 with other seeds" in text
+    planned = 3 * len(EXPERIMENTS["ablation"].cells)
+    assert f"2 of {planned} runs and 1 with other seeds" in text
 
 
 # ---- When a difference counts

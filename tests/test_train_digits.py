@@ -177,8 +177,10 @@ def test_evaluation_counts_every_example_once(digits, size):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_run(digits, tmp_path):
     trainer = trainer_of(small("batch", **{"optimizer.learning_rate": 1e30}), digits)
+    # Which is seen first is XLA's choice: on CPUs its maximum of NaN and 0 is either.
     with pytest.raises(
-        loop.NonFiniteLossError, match=r"The state is not finite at step \d+\."
+        loop.NonFiniteLossError,
+        match=r"The (loss is nan|state is not finite) at step \d+\.",
     ) as caught:
         list(trainer.run(seed=0))
     assert 1 < caught.value.step <= 18
@@ -202,7 +204,9 @@ def test_the_layers_are_those_that_the_first_bad_step_left_not_finite(digits, mo
     with pytest.raises(loop.NonFiniteLossError) as caught:
         list(trainer.run(seed=0))
     # By the time that it is seen, two steps with parameters that are not numbers have spoilt all of them.
-    assert (caught.value.step, caught.value.layers) == (1, ["conv4"])
+    # Whether NaN passes the rectifier to the classifier is XLA's choice: on CPUs maximum(NaN, 0) is either.
+    assert caught.value.step == 1
+    assert caught.value.layers in (["conv4"], ["conv4", "linear"])
 
 
 def test_a_comparison_keeps_what_follows_the_norm():
