@@ -203,13 +203,9 @@ def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
     result = current | {name: flat.pop(name) for name in tuple(flat) if name in current}
     if isinstance(result["grouping"], str):
         result["grouping"] = _named_grouping(result["grouping"], current["grouping"])
-    changes = {"block_size": "block_size", "shared_whitener": "shared"}
-    changes = {changes[name]: flat.pop(name) for name in tuple(flat) if name in changes}
-    if changes:
+    if changes := _taken(flat, block_size="block_size", shared_whitener="shared"):
         result["grouping"] = dataclasses.replace(result["grouping"], **changes)
-    changes = {"sampling_stride": "stride", "sampling_centred": "centred"}
-    changes = {changes[name]: flat.pop(name) for name in tuple(flat) if name in changes}
-    if changes:
+    if changes := _taken(flat, sampling_stride="stride", sampling_centred="centred"):
         sampling = result["sampling"]
         if "stride" in changes and not isinstance(sampling, Stride):
             sampling = Stride(centred=sampling.centred)
@@ -229,6 +225,11 @@ def _resolve(current: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
         raise TypeError(f"WhiteningSpec has no setting {sorted(flat)[0]!r}.")
     _check(result)
     return result
+
+
+def _taken(flat: dict[str, Any], **names: str) -> dict[str, Any]:
+    """Take those settings out of `flat`, by the names that a strategy has for them."""
+    return {names[name]: flat.pop(name) for name in tuple(flat) if name in names}
 
 
 _SHORTHANDS = {
